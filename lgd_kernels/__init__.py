@@ -1,0 +1,8 @@
+"""Fused kernels for the softmax-with-infogain loss and for layer-wise gradient decoupling."""
+
+from lgd_kernels.backends import show_backends
+from lgd_kernels.infogain import Infogain
+from lgd_kernels.losses import SoftmaxInfogainLoss, softmax_infogain_loss
+
+__version__ = "0.1.0"
+__all__ = ["Infogain", "SoftmaxInfogainLoss", "show_backends", "softmax_infogain_loss"]

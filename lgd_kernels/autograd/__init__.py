@@ -1,0 +1,1 @@
+"""The `torch.autograd.Function`s around the ops, one file per op."""

@@ -1,0 +1,215 @@
+"""Autograd of softmax_infogain: first, second and higher derivatives, forward mode, vmap.
+
+`SoftmaxInfogain` differentiates the loss; `SoftmaxInfogainBackward` is its gradient as a function of its own, so that
+it can be differentiated again. Beyond the second derivative everything is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lgd_kernels import ops, reference
+
+_N_PARTS = 6  # matrix, background, diagonal, crow, col, values
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running was asked to retain its graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _tangent_of_rows(terms, parts, tangents, n_classes: int) -> Tensor | None:
+    """The change of H[labels] when H's parts change by `tangents`; None when none of them does."""
+    if all(tangent is None for tangent in tangents):
+        return None
+    moved = tuple(
+        part if part is None or not part.is_floating_point() else torch.zeros_like(part) if tangent is None else tangent
+        for part, tangent in zip(parts, tangents, strict=True)
+    )
+    return reference.infogain_rows(terms.labels, n_classes, *moved, dtype=terms.rows.dtype)
+
+
+def _gradients_of_parts(grad_rows: Tensor, terms, parts, needed) -> list[Tensor | None]:
+    """Pull the gradient of H[labels] (O, C, I) back to those parts of H that need one."""
+    chosen = [i for i in range(_N_PARTS) if needed[i]]
+
+    def rows_of(*changed: Tensor) -> Tensor:
+        new = list(parts)
+        for i, part in zip(chosen, changed, strict=True):
+            new[i] = part
+        return reference.infogain_rows(terms.labels, grad_rows.shape[1], *new, dtype=grad_rows.dtype)
+
+    _, pull_back = torch.func.vjp(rows_of, *(parts[i] for i in chosen))
+    gradients: list[Tensor | None] = [None] * _N_PARTS
+    for i, gradient in zip(chosen, pull_back(grad_rows), strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+class SoftmaxInfogain(torch.autograd.Function):
+    """(loss, lse, gradient made in advance, gradient norm) of every row; differentiable in logits and H's parts.
+
+    With `row_scale`, the upstream gradient that is expected for the loss, the forward pass writes the gradient of the
+    logits at once, while the row is in cache, and the backward pass finds it done.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits, labels, matrix, background, diagonal, crow, col, values, ignore_index, z_loss, row_scale, need_norm
+    ):
+        parts = (matrix, background, diagonal, crow, col, values)
+        return ops.softmax_infogain(logits, labels, *parts, ignore_index, z_loss, row_scale, need_norm)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, labels, *parts, ctx.ignore_index, ctx.z_loss, row_scale, _ = inputs
+        _, _, grad, norm = output
+        ctx.mark_non_differentiable(grad, norm)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, *parts, row_scale, grad)
+        ctx.save_for_forward(logits, labels, *parts)
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_lse, _grad, _norm):
+        logits, labels, *parts, row_scale, grad = ctx.saved_tensors
+        n_inputs = 2 + _N_PARTS + 4
+        if grad_loss is None and grad_lse is None:
+            return (None,) * n_inputs
+        if grad_loss is None:
+            grad_loss = torch.zeros_like(grad_lse)
+        rows = (logits, labels, *parts, ctx.ignore_index, ctx.z_loss)
+        needs_parts = ctx.needs_input_grad[2 : 2 + _N_PARTS]
+        differentiable = torch.is_grad_enabled()
+
+        grad_logits = None
+        if ctx.needs_input_grad[0]:
+            if differentiable:
+                grad_logits = softmax_infogain_backward(*rows, grad_loss, grad_lse)
+            elif row_scale is None or _graph_is_kept():
+                grad_logits = ops.softmax_infogain_backward(*rows, grad_loss, grad_lse)
+            else:  # nobody else will read the gradient made in advance: correct it in place where it must be
+                ops.softmax_infogain_backward_(grad, row_scale, *rows, grad_loss, grad_lse)
+                grad_logits = grad
+
+        grad_parts = [None] * _N_PARTS
+        if any(needs_parts):
+            only_matrix = not any(needs_parts[1:])
+            if only_matrix and not differentiable:
+                grad_parts[0] = ops.softmax_infogain_backward_matrix(
+                    logits, labels, parts[0].shape[0], ctx.ignore_index, grad_loss
+                ).to(parts[0].dtype)
+            else:
+                terms = reference.SoftmaxInfogainTerms(logits, labels, tuple(parts), ctx.ignore_index)
+                grad_rows = torch.where(terms.counted, -grad_loss, 0).unsqueeze(1) * terms.log_p
+                grad_parts = _gradients_of_parts(grad_rows, terms, parts, needs_parts)
+        return grad_logits, None, *grad_parts, None, None, None, None
+
+
+class SoftmaxInfogainBackward(torch.autograd.Function):
+    """The gradient of the logits as a function of logits, H's parts and the upstream gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits, labels, matrix, background, diagonal, crow, col, values, ignore_index, z_loss, grad_loss, grad_lse
+    ):
+        parts = (matrix, background, diagonal, crow, col, values)
+        return ops.softmax_infogain_backward(logits, labels, *parts, ignore_index, z_loss, grad_loss, grad_lse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, labels, *parts, ctx.ignore_index, ctx.z_loss, grad_loss, grad_lse = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, *parts, grad_loss, grad_lse)
+        ctx.save_for_forward(logits, labels, *parts, grad_loss, grad_lse)
+
+    @staticmethod
+    def backward(ctx, grad_grad):
+        if grad_grad is None:
+            return (None,) * (2 + _N_PARTS + 4)
+        logits, labels, *parts, grad_loss, grad_lse = ctx.saved_tensors
+        rows = (logits, labels, *parts, ctx.ignore_index, ctx.z_loss)
+        needs_parts = ctx.needs_input_grad[2 : 2 + _N_PARTS]
+        double_backward = (
+            reference.softmax_infogain_double_backward
+            if torch.is_grad_enabled()
+            else ops.softmax_infogain_double_backward
+        )
+        grad_logits, grad_grad_loss, grad_grad_lse = double_backward(*rows, grad_loss, grad_lse, grad_grad)
+
+        grad_parts = [None] * _N_PARTS
+        if any(needs_parts):  # <v, grad> = grad_loss * (s_l <p, v> - <H[l], v>) + what does not depend on H
+            terms = reference.SoftmaxInfogainTerms(logits, labels, tuple(parts), ctx.ignore_index)
+            v = grad_grad.to(terms.lse.dtype)
+            upstream = torch.where(terms.counted, grad_loss, 0).unsqueeze(1)
+            grad_rows = upstream * ((terms.log_p.exp() * v).sum(1, keepdim=True) - v)
+            grad_parts = _gradients_of_parts(grad_rows, terms, parts, needs_parts)
+        return (
+            grad_logits,
+            None,
+            *grad_parts,
+            None,
+            None,
+            grad_grad_loss if ctx.needs_input_grad[-2] else None,
+            grad_grad_lse if ctx.needs_input_grad[-1] else None,
+        )
+
+
+class _SoftmaxInfogainForwardMode(SoftmaxInfogain):
+    """With the rule for forward-mode differentiation, which torch.compile cannot trace (torch 2.13)."""
+
+    @staticmethod
+    def jvp(ctx, logits_t, _labels, *rest):
+        logits, labels, *parts = ctx.saved_tensors
+        terms = reference.SoftmaxInfogainTerms(logits, labels, tuple(parts), ctx.ignore_index)
+        loss_t, lse_t = torch.zeros_like(terms.lse), torch.zeros_like(terms.lse)
+        if logits_t is not None:
+            x_t, p = logits_t.to(terms.lse.dtype), terms.log_p.exp()
+            lse_t = (p * x_t).sum(1)
+            loss_t = terms.slope(ctx.z_loss) * lse_t - (terms.rows * x_t).sum(1)
+        rows_t = _tangent_of_rows(terms, parts, rest[:_N_PARTS], logits.shape[1])
+        if rows_t is not None:
+            loss_t = loss_t - (rows_t * terms.log_p).sum(1)
+        return torch.where(terms.counted, loss_t, 0), lse_t, None, None
+
+
+class _SoftmaxInfogainBackwardForwardMode(SoftmaxInfogainBackward):
+    """With the rule for forward-mode differentiation, which torch.compile cannot trace (torch 2.13)."""
+
+    @staticmethod
+    def jvp(ctx, logits_t, _labels, *rest):
+        logits, labels, *parts, grad_loss, grad_lse = ctx.saved_tensors
+        *parts_t, _, _, grad_loss_t, grad_lse_t = rest
+        terms = reference.SoftmaxInfogainTerms(logits, labels, tuple(parts), ctx.ignore_index)
+        p, slope = terms.log_p.exp(), terms.slope(ctx.z_loss)
+        upstream = torch.where(terms.counted, grad_loss, 0)
+        result = torch.zeros_like(p)
+        if logits_t is not None:  # the Jacobian is symmetric: the double backward applied to the tangent
+            rows = (logits, labels, *parts, ctx.ignore_index, ctx.z_loss)
+            changed, _, _ = reference.softmax_infogain_double_backward(*rows, grad_loss, grad_lse, logits_t)
+            result = result + changed
+        if grad_loss_t is not None:
+            change = torch.where(terms.counted, grad_loss_t, 0).unsqueeze(1)
+            result = result + change * (slope.unsqueeze(1) * p - terms.rows)
+        if grad_lse_t is not None:
+            result = result + grad_lse_t.unsqueeze(1) * p
+        rows_t = _tangent_of_rows(terms, parts, parts_t, logits.shape[1])
+        if rows_t is not None:
+            result = result + upstream.unsqueeze(1) * (rows_t.sum(1, keepdim=True) * p - rows_t)
+        return result.to(logits.dtype)
+
+
+def softmax_infogain(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.softmax_infogain`, differentiable."""
+    function = SoftmaxInfogain if torch.compiler.is_compiling() else _SoftmaxInfogainForwardMode
+    return function.apply(*args)
+
+
+def softmax_infogain_backward(*args) -> Tensor:
+    """`ops.softmax_infogain_backward`, differentiable."""
+    function = SoftmaxInfogainBackward if torch.compiler.is_compiling() else _SoftmaxInfogainBackwardForwardMode
+    return function.apply(*args)

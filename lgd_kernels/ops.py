@@ -1,0 +1,187 @@
+"""Every op: its schema, its fake kernel, its batching rule, and the call of the backend that answers.
+
+Ops live in `torch.ops.lgd_kernels`, are functional unless their name ends in an underscore, and carry no autograd:
+the `torch.autograd.Function`s in `autograd/` stand around them. What each op computes is said in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lgd_kernels import backends
+from lgd_kernels.reference import accumulation_dtype
+
+_LIBRARY = torch.library.Library("lgd_kernels", "DEF")
+_names: list[str] = []
+
+
+def names() -> list[str]:
+    """The ops, in the order of their definition."""
+    return list(_names)
+
+
+def _answer(name: str, device_type: str, *args):
+    return getattr(backends.implementation(name, device_type), name)(*args)
+
+
+def _define(name: str, schema: str, fake: Callable, vmap: Callable | None = None) -> None:
+    """Define op `name`, answered by whichever backend serves the device."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key, device_type in (("CPU", "cpu"), ("CUDA", "cuda")):
+        _LIBRARY.impl(name, functools.partial(_answer, name, device_type), key)
+    torch.library.register_fake(f"lgd_kernels::{name}", fake, lib=_LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(f"lgd_kernels::{name}", vmap, lib=_LIBRARY)
+    _names.append(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batching rules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _in_front(x: Tensor, batch_dim: int | None, batch_size: int) -> Tensor:
+    """x with its batch dimension first; one that has none is expanded."""
+    return x.expand(batch_size, *x.shape) if batch_dim is None else x.movedim(batch_dim, 0)
+
+
+def _vmap_by_loop(op: Callable, info, in_dims, *args):
+    """One call for each batch entry: for the rare case that H itself is batched."""
+    calls = [
+        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def _vmap_over_rows(op: Callable, row_arguments: set[int], info, in_dims, *args):
+    """The batch becomes part of the outer dimension of every per-row argument (positions `row_arguments`)."""
+    if any(dim is not None for i, dim in enumerate(in_dims) if i not in row_arguments):
+        return _vmap_by_loop(op, info, in_dims, *args)
+    merged = [
+        _in_front(a, dim, info.batch_size).flatten(0, 1) if i in row_arguments and a is not None else a
+        for i, (a, dim) in enumerate(zip(args, in_dims, strict=True))
+    ]
+
+    def split(output: Tensor) -> Tensor:  # an output that was not asked for has no elements and shape (0,)
+        if output.dim() == 1:
+            return output.expand(info.batch_size, 0)
+        return output.unflatten(0, (info.batch_size, output.shape[0] // info.batch_size))
+
+    outputs = op(*merged)
+    if isinstance(outputs, Tensor):
+        return split(outputs), 0
+    return tuple(split(output) for output in outputs), (0,) * len(outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# softmax_infogain
+# ---------------------------------------------------------------------------------------------------------------------
+
+_H = "Tensor? matrix, Tensor? background, Tensor? diagonal, Tensor? crow, Tensor? col, Tensor? values"
+_ROWS = f"Tensor logits, Tensor labels, {_H}, int ignore_index, float z_loss"
+
+
+def _per_row(logits: Tensor) -> Tensor:
+    """An uninitialized tensor (O, I) of the accumulation type for logits (O, C, I)."""
+    return logits.new_empty(logits.shape[0], logits.shape[2], dtype=accumulation_dtype(logits.dtype))
+
+
+def _softmax_infogain_fake(logits, labels, *rest):
+    row_scale, need_norm = rest[-2:]
+    loss = _per_row(logits)
+    grad = logits.new_empty(0) if row_scale is None else torch.empty_like(logits)
+    return loss, torch.empty_like(loss), grad, torch.empty_like(loss) if need_norm else loss.new_empty(0)
+
+
+_define(
+    "softmax_infogain",
+    f"({_ROWS}, Tensor? row_scale, bool need_norm) -> (Tensor, Tensor, Tensor, Tensor)",
+    _softmax_infogain_fake,
+    lambda info, in_dims, *args: _vmap_over_rows(softmax_infogain, {0, 1, 10}, info, in_dims, *args),
+)
+_define(
+    "softmax_infogain_backward",
+    f"({_ROWS}, Tensor grad_loss, Tensor? grad_lse) -> Tensor",
+    lambda logits, *rest: torch.empty_like(logits),
+    lambda info, in_dims, *args: _vmap_over_rows(softmax_infogain_backward, {0, 1, 10, 11}, info, in_dims, *args),
+)
+_define(
+    "softmax_infogain_backward_",
+    f"(Tensor(a!) grad, Tensor row_scale, {_ROWS}, Tensor grad_loss, Tensor? grad_lse) -> ()",
+    lambda *args: None,
+)
+_define(
+    "softmax_infogain_double_backward",
+    f"({_ROWS}, Tensor grad_loss, Tensor? grad_lse, Tensor grad_grad) -> (Tensor, Tensor, Tensor)",
+    lambda logits, *rest: (torch.empty_like(logits), _per_row(logits), _per_row(logits)),
+    lambda info, in_dims, *args: _vmap_over_rows(
+        softmax_infogain_double_backward, {0, 1, 10, 11, 12}, info, in_dims, *args
+    ),
+)
+_define(
+    "softmax_infogain_backward_matrix",
+    "(Tensor logits, Tensor labels, int n_rows, int ignore_index, Tensor grad_loss) -> Tensor",
+    lambda logits, labels, n_rows, *rest: logits.new_empty(
+        n_rows, logits.shape[1], dtype=accumulation_dtype(logits.dtype)
+    ),
+    lambda info, in_dims, *args: _vmap_by_loop(softmax_infogain_backward_matrix, info, in_dims, *args),
+)
+
+softmax_infogain = torch.ops.lgd_kernels.softmax_infogain.default
+softmax_infogain_backward = torch.ops.lgd_kernels.softmax_infogain_backward.default
+softmax_infogain_backward_ = torch.ops.lgd_kernels.softmax_infogain_backward_.default
+softmax_infogain_double_backward = torch.ops.lgd_kernels.softmax_infogain_double_backward.default
+softmax_infogain_backward_matrix = torch.ops.lgd_kernels.softmax_infogain_backward_matrix.default
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of H that depend on its values: ops, so that an Infogain can be built inside a compiled function
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _define_check(name: str, schema: str, check: Callable) -> Callable:
+    """Define an op that raises or does nothing, and that no compiler may drop."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, check, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lgd_kernels::{name}", lambda *args: None, lib=_LIBRARY)
+    op = getattr(torch.ops.lgd_kernels, name).default
+    torch.fx.node.has_side_effect(op)
+    return op
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name}: every entry must be finite, found {_first(tensor, ~torch.isfinite(tensor))}")
+
+
+def _check_not_negative(tensor: Tensor, name: str) -> None:
+    if bool((tensor < 0).any()):
+        raise ValueError(f"{name}: no entry may be negative, found {_first(tensor, tensor < 0)}")
+
+
+def _first(tensor: Tensor, where: Tensor) -> str:
+    index = where.nonzero()[0].tolist()
+    return f"{tensor[tuple(index)].item()} at {index}"
+
+
+def _check_csr(crow: Tensor, col: Tensor, n_classes: int) -> None:
+    """Raise ValueError unless (crow, col) are the indices of a valid CSR matrix with n_classes rows and columns."""
+    count = crow.diff()
+    if int(crow[0]) != 0 or bool((count < 0).any()) or int(crow[-1]) != len(col):
+        raise ValueError(f"matrix: crow_indices must rise from 0 to the number of stored entries {len(col)}")
+    if bool(((col < 0) | (col >= n_classes)).any()):
+        raise ValueError(f"matrix: col_indices must be in [0, {n_classes})")
+    row = torch.repeat_interleave(torch.arange(n_classes, device=col.device), count)
+    if bool(((row * n_classes + col).diff() <= 0).any()):
+        raise ValueError("matrix: col_indices must be sorted and distinct within each row")
+
+
+check_finite = _define_check("check_finite", "(Tensor tensor, str name) -> ()", _check_finite)
+check_not_negative = _define_check("check_not_negative", "(Tensor tensor, str name) -> ()", _check_not_negative)
+check_csr = _define_check("check_csr", "(Tensor crow, Tensor col, int n_classes) -> ()", _check_csr)

@@ -1,0 +1,27 @@
+"""Every operation in plain PyTorch: the specification that the kernels are tested against.
+
+Slow and obvious on purpose. Each function has the signature of the op of the same name in `ops.py`, so that it also
+serves as the implementation where no kernel is built.
+"""
+
+from lgd_kernels.reference.softmax_infogain import (
+    SoftmaxInfogainTerms,
+    accumulation_dtype,
+    infogain_rows,
+    softmax_infogain,
+    softmax_infogain_backward,
+    softmax_infogain_backward_,
+    softmax_infogain_backward_matrix,
+    softmax_infogain_double_backward,
+)
+
+__all__ = [
+    "SoftmaxInfogainTerms",
+    "accumulation_dtype",
+    "infogain_rows",
+    "softmax_infogain",
+    "softmax_infogain_backward",
+    "softmax_infogain_backward_",
+    "softmax_infogain_backward_matrix",
+    "softmax_infogain_double_backward",
+]

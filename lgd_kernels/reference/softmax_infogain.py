@@ -1,0 +1,221 @@
+"""softmax_infogain in plain PyTorch.
+
+Shapes: logits (O, C, I) with O outer positions, C classes and I inner positions; one row is logits[o, :, i]. Labels,
+losses and every other per-row tensor have shape (O, I). Work is done in the accumulation type: float64 for float64
+logits, float32 otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for float32, bfloat16 and float16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_labels(labels: Tensor, ignore_index: int, n_rows: int) -> None:
+    """Raise IndexError at the first label outside [0, n_rows) that is not `ignore_index`. CPU only: elsewhere reading
+    the answer would stall the device, so that such a row's loss is NaN and its gradient 0 instead."""
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= n_rows))
+    if bool(wrong.any()):
+        position = int(wrong.flatten().nonzero()[0])
+        value = int(labels.flatten()[position])
+        raise IndexError(f"labels: value {value} at position {position} is out of range for {n_rows} classes")
+
+
+def infogain_rows(
+    labels: Tensor,
+    n_classes: int,
+    matrix: Tensor | None,
+    background: Tensor | None,
+    diagonal: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """H[labels], shape (O, C, I), for labels (O, I) that are all in range; linear in the parts that have a dtype.
+
+    H = matrix + background + diag(diagonal), then a stored value (CSR: crow, col, values) takes the place of what is
+    there. With no part at all H is the identity.
+    """
+    flat = labels.reshape(-1)
+    if matrix is None:
+        rows = torch.zeros(flat.shape[0], n_classes, dtype=dtype, device=labels.device)
+    else:
+        rows = matrix[flat].to(dtype)
+    if background is not None:
+        rows = rows + background.to(dtype)
+    if diagonal is not None or (matrix is None and background is None and values is None):
+        on_diagonal = flat.unsqueeze(1) == torch.arange(n_classes, device=labels.device)
+        rows = rows + (on_diagonal if diagonal is None else on_diagonal * diagonal.to(dtype).expand(n_classes))
+    if values is not None:
+        first, count = crow[flat], crow.diff()[flat]
+        row = torch.repeat_interleave(torch.arange(flat.shape[0], device=labels.device), count)
+        within_row = torch.arange(row.shape[0], device=labels.device) - (count.cumsum(0) - count)[row]
+        entry = first[row] + within_row
+        rows = rows.index_put((row, col[entry]), values[entry].to(dtype))
+    return rows.unflatten(0, labels.shape).movedim(-1, 1)
+
+
+class SoftmaxInfogainTerms:
+    """What every function below starts from, in accumulation type. Differentiable in the logits and in H's parts."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, parts: tuple[Tensor | None, ...], ignore_index: int):
+        x = logits.to(accumulation_dtype(logits.dtype))
+        n_classes = logits.shape[1]
+        self.n_rows = n_classes if parts[0] is None else parts[0].shape[0]
+        in_range = (labels >= 0) & (labels < self.n_rows)
+        self.kept = labels != ignore_index
+        self.counted = self.kept & in_range
+        self.labels = torch.where(in_range, labels, 0)
+        self.rows = infogain_rows(self.labels, n_classes, *parts, dtype=x.dtype)  # (O, C, I)
+        self.log_p = torch.log_softmax(x, 1)  # (O, C, I)
+        self.lse = torch.logsumexp(x, 1)  # (O, I)
+
+    def slope(self, z_loss: float) -> Tensor:
+        """The factor of p in the gradient of a row's loss: s_l + 2 z_loss lse, shape (O, I)."""
+        return self.rows.sum(1) + 2 * z_loss * self.lse
+
+
+def _in_the_layout_of(logits: Tensor, value: Tensor) -> Tensor:
+    """value with the dtype and strides of the logits, as the kernels return it."""
+    return torch.empty_like(logits).copy_(value)
+
+
+def softmax_infogain(
+    logits: Tensor,
+    labels: Tensor,
+    matrix: Tensor | None,
+    background: Tensor | None,
+    diagonal: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    row_scale: Tensor | None,
+    need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of every row, its log-sum-exp, the gradient for the upstream gradient `row_scale`, and the gradient's norm.
+
+        loss[o, i] = -sum_j H[l, j] log_softmax(x)_j + z_loss * lse^2,   0 for an ignored row
+        grad[o, :, i] = row_scale[o, i] * ((s_l + 2 z_loss lse) p - H[l])
+
+    where H[l, j] == 0 contributes 0 even at a logit of -inf. `grad` has no element without `row_scale`, `norm` none
+    without `need_norm`; norm[o, i] is the Euclidean norm of the gradient of loss[o, i].
+    """
+    t = SoftmaxInfogainTerms(logits, labels, (matrix, background, diagonal, crow, col, values), ignore_index)
+    check_labels(labels, ignore_index, t.n_rows)
+    loss = -torch.where(t.rows == 0, 0, t.rows * t.log_p).sum(1) + z_loss * t.lse * t.lse
+    loss = torch.where(t.counted, loss, torch.where(t.kept, torch.nan, 0))
+    per_row = t.slope(z_loss).unsqueeze(1) * t.log_p.exp() - t.rows
+    per_row = torch.where(t.counted.unsqueeze(1), per_row, 0)
+    norm = per_row.norm(dim=1) if need_norm else loss.new_empty(0)
+    if row_scale is None:
+        return loss, t.lse, logits.new_empty(0), norm
+    grad = torch.where(t.counted.unsqueeze(1), row_scale.unsqueeze(1) * per_row, 0)
+    return loss, t.lse, _in_the_layout_of(logits, grad), norm
+
+
+def softmax_infogain_backward(
+    logits: Tensor,
+    labels: Tensor,
+    matrix: Tensor | None,
+    background: Tensor | None,
+    diagonal: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+) -> Tensor:
+    """Gradient of sum(grad_loss * loss) + sum(grad_lse * lse) with respect to the logits.
+
+    grad = grad_loss * ((s_l + 2 z_loss lse) p - H[l]) + grad_lse * p; the first term is 0 for ignored rows.
+    """
+    t = SoftmaxInfogainTerms(logits, labels, (matrix, background, diagonal, crow, col, values), ignore_index)
+    check_labels(labels, ignore_index, t.n_rows)
+    p = t.log_p.exp()
+    grad = grad_loss.unsqueeze(1) * (t.slope(z_loss).unsqueeze(1) * p - t.rows)
+    grad = torch.where(t.counted.unsqueeze(1), grad, 0)
+    if grad_lse is not None:
+        grad = grad + grad_lse.unsqueeze(1) * p
+    return _in_the_layout_of(logits, grad)
+
+
+def softmax_infogain_backward_(
+    grad: Tensor,
+    row_scale: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    matrix: Tensor | None,
+    background: Tensor | None,
+    diagonal: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+) -> None:
+    """Turn the gradient that the forward pass made for the upstream gradient `row_scale` into the one for `grad_loss`
+    and `grad_lse`, in place. Rows for which the two agree already hold it."""
+    if grad_lse is None and bool((grad_loss == row_scale).all()):
+        return
+    parts = (matrix, background, diagonal, crow, col, values)
+    grad.copy_(softmax_infogain_backward(logits, labels, *parts, ignore_index, z_loss, grad_loss, grad_lse))
+
+
+def softmax_infogain_double_backward(
+    logits: Tensor,
+    labels: Tensor,
+    matrix: Tensor | None,
+    background: Tensor | None,
+    diagonal: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    grad_grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of <grad_grad, softmax_infogain_backward(...)> with respect to logits, grad_loss and grad_lse.
+
+    With v = grad_grad, t = <p, v> and c = grad_loss (s_l + 2 z_loss lse) + grad_lse:
+        d/dlogits    = c p (v - t) + 2 z_loss grad_loss t p
+        d/dgrad_loss = (s_l + 2 z_loss lse) t - <H[l], v>
+        d/dgrad_lse  = t
+    """
+    t = SoftmaxInfogainTerms(logits, labels, (matrix, background, diagonal, crow, col, values), ignore_index)
+    p, v = t.log_p.exp(), grad_grad.to(t.log_p.dtype)
+    upstream, slope = torch.where(t.counted, grad_loss, 0), t.slope(z_loss)
+    mean_v = (p * v).sum(1)
+    c = upstream * slope + (0 if grad_lse is None else grad_lse)
+    inner = c.unsqueeze(1) * (v - mean_v.unsqueeze(1)) + (2 * z_loss * upstream * mean_v).unsqueeze(1)
+    grad_grad_loss = torch.where(t.counted, slope * mean_v - (t.rows * v).sum(1), 0)
+    return (p * inner).to(logits.dtype), grad_grad_loss, mean_v
+
+
+def softmax_infogain_backward_matrix(
+    logits: Tensor, labels: Tensor, n_rows: int, ignore_index: int, grad_loss: Tensor
+) -> Tensor:
+    """Gradient of sum(grad_loss * loss) with respect to a dense H of shape (n_rows, C), in accumulation type:
+    dH[l, j] = -sum of grad_loss * log p_j over the rows with label l."""
+    x = logits.to(accumulation_dtype(logits.dtype))
+    check_labels(labels, ignore_index, n_rows)
+    counted = (labels != ignore_index) & (labels >= 0) & (labels < n_rows)
+    contribution = -grad_loss.unsqueeze(1) * torch.log_softmax(x, 1)
+    contribution = torch.where(counted.unsqueeze(1), contribution, 0).movedim(1, -1)
+    result = x.new_zeros(n_rows, logits.shape[1])
+    return result.index_add(0, torch.where(counted, labels, 0).flatten(), contribution.reshape(-1, logits.shape[1]))
