@@ -94,15 +94,15 @@ def _per_row(logits: Tensor) -> Tensor:
 
 
 def _softmax_infogain_fake(logits, labels, *rest):
-    row_scale, need_norm = rest[-2:]
+    row_scale, need_lse, need_norm = rest[-3:]
     loss = _per_row(logits)
-    grad = logits.new_empty(0) if row_scale is None else torch.empty_like(logits)
-    return loss, torch.empty_like(loss), grad, torch.empty_like(loss) if need_norm else loss.new_empty(0)
+    lse, norm = (torch.empty_like(loss) if needed else loss.new_empty(0) for needed in (need_lse, need_norm))
+    return loss, lse, logits.new_empty(0) if row_scale is None else torch.empty_like(logits), norm
 
 
 _define(
     "softmax_infogain",
-    f"({_ROWS}, Tensor? row_scale, bool need_norm) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_ROWS}, Tensor? row_scale, bool need_lse, bool need_norm) -> (Tensor, Tensor, Tensor, Tensor)",
     _softmax_infogain_fake,
     lambda info, in_dims, *args: _vmap_over_rows(softmax_infogain, {0, 1, 10}, info, in_dims, *args),
 )

@@ -58,16 +58,28 @@ class SoftmaxInfogain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits, labels, matrix, background, diagonal, crow, col, values, ignore_index, z_loss, row_scale, need_norm
+        logits,
+        labels,
+        matrix,
+        background,
+        diagonal,
+        crow,
+        col,
+        values,
+        ignore_index,
+        z_loss,
+        row_scale,
+        need_lse,
+        need_norm,
     ):
         parts = (matrix, background, diagonal, crow, col, values)
-        return ops.softmax_infogain(logits, labels, *parts, ignore_index, z_loss, row_scale, need_norm)
+        return ops.softmax_infogain(logits, labels, *parts, ignore_index, z_loss, row_scale, need_lse, need_norm)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, *parts, ctx.ignore_index, ctx.z_loss, row_scale, _ = inputs
-        _, _, grad, norm = output
-        ctx.mark_non_differentiable(grad, norm)
+        logits, labels, *parts, ctx.ignore_index, ctx.z_loss, row_scale, ctx.need_lse, _ = inputs
+        _, lse, grad, norm = output
+        ctx.mark_non_differentiable(grad, norm, *(() if ctx.need_lse else (lse,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, *parts, row_scale, grad)
         ctx.save_for_forward(logits, labels, *parts)
@@ -75,7 +87,7 @@ class SoftmaxInfogain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, grad_lse, _grad, _norm):
         logits, labels, *parts, row_scale, grad = ctx.saved_tensors
-        n_inputs = 2 + _N_PARTS + 4
+        n_inputs = 2 + _N_PARTS + 5
         if grad_loss is None and grad_lse is None:
             return (None,) * n_inputs
         if grad_loss is None:
@@ -105,7 +117,7 @@ class SoftmaxInfogain(torch.autograd.Function):
                 terms = reference.SoftmaxInfogainTerms(logits, labels, tuple(parts), ctx.ignore_index)
                 grad_rows = torch.where(terms.counted, -grad_loss, 0).unsqueeze(1) * terms.log_p
                 grad_parts = _gradients_of_parts(grad_rows, terms, parts, needs_parts)
-        return grad_logits, None, *grad_parts, None, None, None, None
+        return grad_logits, None, *grad_parts, None, None, None, None, None
 
 
 class SoftmaxInfogainBackward(torch.autograd.Function):
@@ -174,7 +186,7 @@ class _SoftmaxInfogainForwardMode(SoftmaxInfogain):
         rows_t = _tangent_of_rows(terms, parts, rest[:_N_PARTS], logits.shape[1])
         if rows_t is not None:
             loss_t = loss_t - (rows_t * terms.log_p).sum(1)
-        return torch.where(terms.counted, loss_t, 0), lse_t, None, None
+        return torch.where(terms.counted, loss_t, 0), lse_t if ctx.need_lse else None, None, None
 
 
 class _SoftmaxInfogainBackwardForwardMode(SoftmaxInfogainBackward):

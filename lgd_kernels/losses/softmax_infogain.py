@@ -157,12 +157,12 @@ def _expected_upstream(rows: _Rows, reduction: str, denominator: Tensor | float 
 
 
 def _reduced_loss(
-    rows: _Rows, reduction: str, denominator: Tensor | float | None, need_norm: bool
+    rows: _Rows, reduction: str, denominator: Tensor | float | None, need_lse: bool = False, need_norm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, reduced or (O, I); log-sum-exp (O, I); gradient norm (O, I) or empty), in accumulation dtype."""
+    """(loss, reduced or (O, I); log-sum-exp (O, I) or empty; gradient norm likewise), in accumulation dtype."""
     row_scale = _expected_upstream(rows, reduction, denominator)
     loss, lse, _, norm = softmax_infogain(
-        rows.logits, rows.labels, *rows.parts, rows.ignore_index, rows.z_loss, row_scale, need_norm
+        rows.logits, rows.labels, *rows.parts, rows.ignore_index, rows.z_loss, row_scale, need_lse, need_norm
     )
     if rows.sample_weight is not None:
         loss = loss * rows.sample_weight
@@ -236,7 +236,7 @@ def softmax_infogain_loss(
     _check_options(reduction, normalization, z_loss, ignore_index)
     rows = _canonical(logits, labels, H, sample_weight, ignore_index, axis, z_loss)
     denominator = _denominator(rows, normalization) if reduction == "mean" else None
-    loss, lse, norm = _reduced_loss(rows, reduction, denominator, return_grad_norm)
+    loss, lse, norm = _reduced_loss(rows, reduction, denominator, return_lse, return_grad_norm)
     dtype = _result_dtype(logits)
     loss = (loss.reshape(labels.shape) if reduction == "none" else loss).to(dtype)
     if not (return_probabilities or return_lse or return_grad_norm):
@@ -333,7 +333,7 @@ class SoftmaxInfogainLoss(nn.Module):
         denominator = None
         if self.reduction == "mean":
             denominator = _denominator(rows, self.normalization) if self.normalization else self._sum_of_weights(rows)
-        loss, _, _ = _reduced_loss(rows, self.reduction, denominator, need_norm=False)
+        loss, _, _ = _reduced_loss(rows, self.reduction, denominator)
         return (loss.reshape(labels.shape) if self.reduction == "none" else loss).to(_result_dtype(logits))
 
     def _smoothing(self, logits: Tensor) -> Infogain | None:
@@ -383,7 +383,7 @@ class SoftmaxInfogainLoss(nn.Module):
         rows = _canonical(logits, positions, None, sample_weight, -1, axis, self.z_loss)
         rows = rows._replace(parts=InfogainParts(matrix=target))
         denominator = _denominator(rows, self.normalization or "full") if self.reduction == "mean" else None
-        loss, _, _ = _reduced_loss(rows, self.reduction, denominator, need_norm=False)
+        loss, _, _ = _reduced_loss(rows, self.reduction, denominator)
         return (loss.reshape(positions.shape) if self.reduction == "none" else loss).to(_result_dtype(logits))
 
     def extra_repr(self) -> str:

@@ -100,6 +100,7 @@ def softmax_infogain(
     ignore_index: int,
     z_loss: float,
     row_scale: Tensor | None,
+    need_lse: bool,
     need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of every row, its log-sum-exp, the gradient for the upstream gradient `row_scale`, and the gradient's norm.
@@ -107,8 +108,8 @@ def softmax_infogain(
         loss[o, i] = -sum_j H[l, j] log_softmax(x)_j + z_loss * lse^2,   0 for an ignored row
         grad[o, :, i] = row_scale[o, i] * ((s_l + 2 z_loss lse) p - H[l])
 
-    where H[l, j] == 0 contributes 0 even at a logit of -inf. `grad` has no element without `row_scale`, `norm` none
-    without `need_norm`; norm[o, i] is the Euclidean norm of the gradient of loss[o, i].
+    where H[l, j] == 0 contributes 0 even at a logit of -inf; norm[o, i] is the Euclidean norm of the gradient of
+    loss[o, i]. What was not asked for (lse, norm, or the gradient, without `row_scale`) comes back with no element.
     """
     t = SoftmaxInfogainTerms(logits, labels, (matrix, background, diagonal, crow, col, values), ignore_index)
     check_labels(labels, ignore_index, t.n_rows)
@@ -117,10 +118,11 @@ def softmax_infogain(
     per_row = t.slope(z_loss).unsqueeze(1) * t.log_p.exp() - t.rows
     per_row = torch.where(t.counted.unsqueeze(1), per_row, 0)
     norm = per_row.norm(dim=1) if need_norm else loss.new_empty(0)
+    lse = t.lse if need_lse else loss.new_empty(0)
     if row_scale is None:
-        return loss, t.lse, logits.new_empty(0), norm
+        return loss, lse, logits.new_empty(0), norm
     grad = torch.where(t.counted.unsqueeze(1), row_scale.unsqueeze(1) * per_row, 0)
-    return loss, t.lse, _in_the_layout_of(logits, grad), norm
+    return loss, lse, _in_the_layout_of(logits, grad), norm
 
 
 def softmax_infogain_backward(
