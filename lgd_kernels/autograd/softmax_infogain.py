@@ -88,6 +88,8 @@ class SoftmaxInfogain(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_lse, _grad, _norm):
         logits, labels, *parts, row_scale, grad = ctx.saved_tensors
         n_inputs = 2 + _N_PARTS + 5
+        if not ctx.need_lse:  # under torch.compile it is zeros without an element, not None
+            grad_lse = None
         if grad_loss is None and grad_lse is None:
             return (None,) * n_inputs
         if grad_loss is None:

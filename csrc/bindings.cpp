@@ -1,0 +1,64 @@
+// The Python module `_C`: plain functions with the signatures of lgd_kernels/reference, and facts about the build.
+
+#include <torch/extension.h>
+
+#include <string>
+#include <vector>
+
+#include "torch/softmax_infogain.h"
+
+namespace {
+
+using at::Tensor;
+using lgd::OptionalTensor;
+using lgd::RowArguments;
+
+#define LGD_H_PARAMETERS                                                                                             \
+  const OptionalTensor &matrix, const OptionalTensor &background, const OptionalTensor &diagonal,                    \
+      const OptionalTensor &crow, const OptionalTensor &col, const OptionalTensor &values
+#define LGD_ROW_PARAMETERS \
+  const Tensor &logits, const Tensor &labels, LGD_H_PARAMETERS, int64_t ignore_index, double z_loss
+#define LGD_ROW_ARGUMENTS \
+  RowArguments { logits, labels, {matrix, background, diagonal, crow, col, values}, ignore_index, z_loss }
+
+auto softmax_infogain(LGD_ROW_PARAMETERS, const OptionalTensor& row_scale, bool need_lse, bool need_norm) {
+  py::gil_scoped_release release;
+  return lgd::softmax_infogain(LGD_ROW_ARGUMENTS, row_scale, need_lse, need_norm);
+}
+
+auto softmax_infogain_backward(LGD_ROW_PARAMETERS, const Tensor& grad_loss, const OptionalTensor& grad_lse) {
+  py::gil_scoped_release release;
+  return lgd::softmax_infogain_backward(LGD_ROW_ARGUMENTS, grad_loss, grad_lse);
+}
+
+void softmax_infogain_backward_(
+    const Tensor& grad, const Tensor& row_scale, LGD_ROW_PARAMETERS, const Tensor& grad_loss,
+    const OptionalTensor& grad_lse) {
+  py::gil_scoped_release release;
+  lgd::softmax_infogain_backward_(grad, row_scale, LGD_ROW_ARGUMENTS, grad_loss, grad_lse);
+}
+
+auto softmax_infogain_double_backward(
+    LGD_ROW_PARAMETERS, const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& grad_grad) {
+  py::gil_scoped_release release;
+  return lgd::softmax_infogain_double_backward(LGD_ROW_ARGUMENTS, grad_loss, grad_lse, grad_grad);
+}
+
+auto softmax_infogain_backward_matrix(
+    const Tensor& logits, const Tensor& labels, int64_t n_rows, int64_t ignore_index, const Tensor& grad_loss) {
+  py::gil_scoped_release release;
+  return lgd::softmax_infogain_backward_matrix({logits, labels, {}, ignore_index, 0.0}, n_rows, grad_loss);
+}
+
+} // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("cpu_capability", [] { return std::string(lgd::name_of(lgd::cpu_capability())); });
+  m.def("built_capabilities", [] { return std::vector<std::string>{"DEFAULT", "AVX2", "AVX512"}; });
+  m.def("compiler", [] { return std::string("g++ ") + __VERSION__; });
+  m.def("softmax_infogain", &softmax_infogain);
+  m.def("softmax_infogain_backward", &softmax_infogain_backward);
+  m.def("softmax_infogain_backward_", &softmax_infogain_backward_);
+  m.def("softmax_infogain_double_backward", &softmax_infogain_double_backward);
+  m.def("softmax_infogain_backward_matrix", &softmax_infogain_backward_matrix);
+}

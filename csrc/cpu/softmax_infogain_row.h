@@ -1,0 +1,453 @@
+// One row of softmax_infogain at a time: the passes over its elements, and a row of logits with its row of H.
+//
+// Three passes while the row is in cache: its maximum m; the sums of exp(x - m), H (x - m) and H; the gradient from the
+// exponentials. Rows of more than kChunk classes are summed chunk by chunk, each against its own maximum, and the
+// partial sums are combined in order. The chunks depend on the number of classes alone, so that a row's bits depend
+// neither on the other rows nor on the threads.
+#pragma once
+
+#include <ATen/cpu/vec/functional_base.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "parallel.h"
+#include "rows.h"
+#include "softmax_infogain.h"
+#include "vec_math.h"
+
+namespace lgd {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kChunk = 32768; // classes summed at once: exponentials and logits of a chunk fit a 256 KB L2 cache
+constexpr int64_t kBlock = 2048; // classes whose gradient is built in L1 before it is written
+
+// What H is outside its diagonal and its stored values.
+enum class Base { Zero, Constant, Dense };
+
+template <typename Acc>
+struct Sums {
+  Acc max = 0;  // what the logits were shifted by
+  Acc exp = 0;  // sum of exp(x - max)
+  Acc dot = 0;  // sum of H (x - max)
+  Acc mass = 0; // sum of H
+  Acc squares = 0; // of the gradient, where its norm is wanted
+};
+
+// The entries of one row of H that differ from its base, ascending in class.
+template <typename Acc>
+struct Entries {
+  const int64_t* col = nullptr;
+  const Acc* value = nullptr;
+  int64_t count = 0;
+  int64_t own_col = 0; // storage for the one entry of a diagonal
+  Acc own_value = 0;
+};
+
+template <typename Acc>
+struct RowOfH {
+  ConstRow dense;
+  Acc background = 0;
+  Entries<Acc> entries;
+};
+
+// Call f with the base of H as a type: f(std::integral_constant<Base, ...>).
+template <typename F>
+inline void with_base(const InfogainView& h, const F& f) {
+  if (h.matrix != nullptr) {
+    f(std::integral_constant<Base, Base::Dense>{});
+  } else if (h.background != 0) {
+    f(std::integral_constant<Base, Base::Constant>{});
+  } else {
+    f(std::integral_constant<Base, Base::Zero>{});
+  }
+}
+
+// Fills `row` for this label. Not a return value: entries may point into the row itself.
+template <typename Acc>
+inline void row_of_h(const InfogainView& h, int64_t label, RowOfH<Acc>& row) {
+  row.background = static_cast<Acc>(h.background);
+  if (h.matrix != nullptr) {
+    const char* data = static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * element_size(h.matrix_dtype);
+    row.dense = {data, h.matrix_dtype, h.matrix_class_stride};
+  }
+  Entries<Acc>& entries = row.entries;
+  entries.count = 0;
+  if (h.crow != nullptr) {
+    entries.col = h.col + h.crow[label];
+    entries.value = static_cast<const Acc*>(h.values) + h.crow[label];
+    entries.count = h.crow[label + 1] - h.crow[label];
+  } else if (h.diagonal != nullptr) {
+    Acc base = row.background;
+    if (h.matrix != nullptr) {
+      Acc one[1] = {};
+      base += *load_row<Acc>(row.dense, label, 1, one);
+    }
+    entries.own_col = label;
+    entries.own_value = base + static_cast<const Acc*>(h.diagonal)[label * h.diagonal_stride];
+    entries.col = &entries.own_col;
+    entries.value = &entries.own_value;
+    entries.count = 1;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Passes over contiguous elements
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename Acc>
+inline Acc sum_of_lanes(Vectorized<Acc> lanes) {
+  using Vec = Vectorized<Acc>;
+  return at::vec::vec_reduce_all<Acc>([](Vec a, Vec b) { return a + b; }, lanes);
+}
+
+// Largest element; a NaN may go unnoticed, the sums will not overlook it.
+template <typename Acc>
+inline Acc max_of(const Acc* x, int64_t count) {
+  using Vec = Vectorized<Acc>;
+  constexpr int64_t V = Vec::size();
+  const Vec lowest(-std::numeric_limits<Acc>::infinity());
+  Vec m0 = lowest, m1 = lowest, m2 = lowest, m3 = lowest;
+  int64_t i = 0;
+  for (; i + 4 * V <= count; i += 4 * V) {
+    m0 = at::vec::clamp_min(m0, Vec::loadu(x + i));
+    m1 = at::vec::clamp_min(m1, Vec::loadu(x + i + V));
+    m2 = at::vec::clamp_min(m2, Vec::loadu(x + i + 2 * V));
+    m3 = at::vec::clamp_min(m3, Vec::loadu(x + i + 3 * V));
+  }
+  for (; i + V <= count; i += V) {
+    m0 = at::vec::clamp_min(m0, Vec::loadu(x + i));
+  }
+  if (i < count) {
+    m1 = at::vec::clamp_min(m1, Vec::set(lowest, Vec::loadu(x + i, count - i), count - i));
+  }
+  m0 = at::vec::clamp_min(at::vec::clamp_min(m0, m1), at::vec::clamp_min(m2, m3));
+  return at::vec::vec_reduce_all<Acc>([](Vec a, Vec b) { return at::vec::clamp_min(a, b); }, m0);
+}
+
+// One vector of the second pass: exponentials to `e`, everything else into the accumulators.
+template <Base base, typename Acc>
+inline Vectorized<Acc> accumulate(
+    Vectorized<Acc> d, Vectorized<Acc> h, Vectorized<Acc>& exp, Vectorized<Acc>& dot, Vectorized<Acc>& mass) {
+  const Vectorized<Acc> e = exp_nonpositive(d);
+  exp = exp + e;
+  if constexpr (base == Base::Constant) {
+    dot = dot + d;
+  }
+  if constexpr (base == Base::Dense) {
+    dot = at::vec::fmadd(h, d, dot);
+    mass = mass + h;
+  }
+  return e;
+}
+
+// exponentials[i] = exp(x[i] - shift), and the sums. For Base::Constant, dot and mass leave the constant out.
+template <Base base, typename Acc>
+inline Sums<Acc> sum_exponentials(const Acc* x, const Acc* h, int64_t count, Acc shift, Acc* exponentials) {
+  using Vec = Vectorized<Acc>;
+  constexpr int64_t V = Vec::size();
+  const Vec zero(Acc(0)), s(shift);
+  Vec exp0 = zero, exp1 = zero, dot0 = zero, dot1 = zero, mass0 = zero, mass1 = zero, h0, h1;
+  int64_t i = 0;
+  for (; i + 2 * V <= count; i += 2 * V) {
+    if constexpr (base == Base::Dense) {
+      h0 = Vec::loadu(h + i);
+      h1 = Vec::loadu(h + i + V);
+    }
+    accumulate<base>(Vec::loadu(x + i) - s, h0, exp0, dot0, mass0).store(exponentials + i);
+    accumulate<base>(Vec::loadu(x + i + V) - s, h1, exp1, dot1, mass1).store(exponentials + i + V);
+  }
+  for (; i < count; i += V) {
+    const int64_t n = count - i < V ? count - i : V;
+    Vec d = Vec::loadu(x + i, n) - s;
+    if constexpr (base == Base::Dense) {
+      h0 = Vec::loadu(h + i, n); // 0 beyond the end
+    }
+    Vec exp = zero, dot = zero, mass = zero;
+    accumulate<base>(Vec::set(zero, d, n), h0, exp, dot, mass).store(exponentials + i, n);
+    exp0 = exp0 + Vec::set(zero, exp, n);
+    dot0 = dot0 + dot;
+    mass0 = mass0 + mass;
+  }
+  Sums<Acc> sums;
+  sums.max = shift;
+  sums.exp = sum_of_lanes(exp0 + exp1);
+  if constexpr (base != Base::Zero) {
+    sums.dot = sum_of_lanes(dot0 + dot1);
+  }
+  if constexpr (base == Base::Constant) {
+    sums.mass = static_cast<Acc>(count);
+  }
+  if constexpr (base == Base::Dense) {
+    sums.mass = sum_of_lanes(mass0 + mass1);
+  }
+  return sums;
+}
+
+template <typename Acc>
+inline Acc dot(const Acc* a, const Acc* b, int64_t count) {
+  using Vec = Vectorized<Acc>;
+  constexpr int64_t V = Vec::size();
+  Vec total(Acc(0));
+  int64_t i = 0;
+  for (; i + V <= count; i += V) {
+    total = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i), total);
+  }
+  if (i < count) {
+    total = at::vec::fmadd(Vec::loadu(a + i, count - i), Vec::loadu(b + i, count - i), total);
+  }
+  return sum_of_lanes(total);
+}
+
+template <typename Acc>
+inline Acc sum(const Acc* a, int64_t count) {
+  using Vec = Vectorized<Acc>;
+  constexpr int64_t V = Vec::size();
+  Vec total(Acc(0));
+  for (int64_t i = 0; i < count; i += V) {
+    total = total + Vec::loadu(a + i, count - i < V ? count - i : V);
+  }
+  return sum_of_lanes(total);
+}
+
+// gradient = p_factor * exponentials - h_factor * H
+template <Base base, typename Acc>
+inline void gradient_of(
+    const Acc* exponentials, const Acc* h, Acc background, int64_t count, Acc p_factor, Acc h_factor, Acc* gradient) {
+  using Vec = Vectorized<Acc>;
+  constexpr int64_t V = Vec::size();
+  const Vec p(p_factor), minus_h(-h_factor), constant(-h_factor * background);
+  const auto one = [&](int64_t i, int64_t n) {
+    Vec g = Vec::loadu(exponentials + i, n) * p;
+    if constexpr (base == Base::Constant) {
+      g = g + constant;
+    }
+    if constexpr (base == Base::Dense) {
+      g = at::vec::fmadd(Vec::loadu(h + i, n), minus_h, g);
+    }
+    return g;
+  };
+  int64_t i = 0;
+  for (; i + V <= count; i += V) {
+    one(i, V).store(gradient + i);
+  }
+  if (i < count) {
+    one(i, count - i).store(gradient + i, count - i);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One row at a time
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline ConstRow row_at(const Rows& rows, int64_t outer, int64_t inner) {
+  const int64_t offset = outer * rows.outer_stride + inner * rows.inner_stride;
+  return {static_cast<const char*>(rows.data) + offset * element_size(rows.dtype), rows.dtype, rows.class_stride};
+}
+
+inline Row writable_row_at(const Rows& rows, int64_t outer, int64_t inner) {
+  const ConstRow row = row_at(rows, outer, inner);
+  return {const_cast<char*>(row.data), row.dtype, row.stride};
+}
+
+// Keeps the smallest position of all threads.
+inline void report_bad_label(int64_t* first, int64_t position) {
+  int64_t seen = __atomic_load_n(first, __ATOMIC_RELAXED);
+  while (position < seen &&
+         !__atomic_compare_exchange_n(first, &seen, position, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// Whether the row counts, that is, has a usable label and not the ignored one; reports a label out of range.
+template <typename Acc>
+inline bool is_counted(const SoftmaxInfogainInput<Acc>& in, int64_t outer, int64_t inner, int64_t label) {
+  if (label == in.ignore_index) {
+    return false;
+  }
+  if (label < 0 || label >= in.infogain.n_rows) {
+    report_bad_label(in.first_bad_label, outer * in.inner + inner);
+    return false;
+  }
+  return true;
+}
+
+inline int64_t chunks_of(int64_t classes) { return (classes + kChunk - 1) / kChunk; }
+inline int64_t chunk_size(int64_t classes, int64_t begin) { return classes - begin < kChunk ? classes - begin : kChunk; }
+
+// A row of logits with its row of H; what the passes below share.
+template <Base base, typename Acc>
+struct LabelledRow {
+  ConstRow x;
+  RowOfH<Acc> h;
+  int64_t classes;
+  bool counted;
+
+  LabelledRow(const SoftmaxInfogainInput<Acc>& in, int64_t outer, int64_t inner)
+      : x(row_at(in.logits, outer, inner)), classes(in.classes) {
+    const int64_t label = in.labels.at(outer, inner);
+    counted = is_counted(in, outer, inner, label);
+    if (counted) {
+      row_of_h(in.infogain, label, h);
+    }
+  }
+
+  const Acc* logits(int64_t begin, int64_t count) const {
+    return load_row(x, begin, count, scratch_of<Acc>(Scratch::Logits, count));
+  }
+
+  const Acc* dense(int64_t begin, int64_t count) const {
+    if (base != Base::Dense || !counted) {
+      return nullptr;
+    }
+    return load_row(h.dense, begin, count, scratch_of<Acc>(Scratch::Matrix, count));
+  }
+
+  Acc logit(int64_t k) const {
+    Acc buffer = 0;
+    return *load_row(x, k, 1, &buffer);
+  }
+
+  Acc base_at(int64_t k) const {
+    if constexpr (base == Base::Dense) {
+      Acc buffer = 0;
+      return *load_row(h.dense, k, 1, &buffer);
+    }
+    return base == Base::Constant ? h.background : Acc(0);
+  }
+
+  // exp(x - shift) of the chunk at `begin`.
+  void exponentials(int64_t begin, Acc shift, Acc* result) const {
+    const int64_t count = chunk_size(classes, begin);
+    sum_exponentials<Base::Zero, Acc>(logits(begin, count), nullptr, count, shift, result);
+  }
+
+  // <H, v> over the chunk at `begin`, for v = values; entries left out.
+  Acc dot_with_base(int64_t begin, const Acc* values) const {
+    const int64_t count = chunk_size(classes, begin);
+    if (!counted || base == Base::Zero) {
+      return 0;
+    }
+    return base == Base::Dense ? dot(dense(begin, count), values, count) : h.background * sum(values, count);
+  }
+
+  // Exponentials of the chunk at `begin` against its own maximum, and its sums.
+  Sums<Acc> chunk_sums(int64_t begin, Acc* exponentials) const {
+    const int64_t count = chunk_size(classes, begin);
+    const Acc* values = logits(begin, count);
+    const Acc max = max_of(values, count);
+    const Acc shift = max == -std::numeric_limits<Acc>::infinity() ? Acc(0) : max; // exp(-inf - 0) = 0, not NaN
+    if (!counted) {
+      return sum_exponentials<Base::Zero, Acc>(values, nullptr, count, shift, exponentials);
+    }
+    return sum_exponentials<base>(values, dense(begin, count), count, shift, exponentials);
+  }
+
+  // The sums of the whole row from those of its chunks. A row of only -inf gives max = -inf and exp = NaN.
+  Sums<Acc> combine(const Sums<Acc>* chunks, int64_t n_chunks) const {
+    Sums<Acc> row;
+    row.max = -std::numeric_limits<Acc>::infinity();
+    bool any = false;
+    for (int64_t c = 0; c < n_chunks; ++c) {
+      if (chunks[c].exp != 0) {
+        row.max = chunks[c].max > row.max ? chunks[c].max : row.max;
+        any = true;
+      }
+    }
+    if (!any) {
+      row.exp = row.dot = std::numeric_limits<Acc>::quiet_NaN();
+      return row;
+    }
+    for (int64_t c = 0; c < n_chunks; ++c) {
+      const Acc moved = chunks[c].max - row.max;
+      if (chunks[c].exp != 0) {
+        row.exp += chunks[c].exp * std::exp(moved);
+      }
+      row.dot += chunks[c].dot + chunks[c].mass * moved;
+      row.mass += chunks[c].mass;
+    }
+    if (counted) {
+      add_background_and_entries(row);
+    }
+    return row;
+  }
+
+  void add_background_and_entries(Sums<Acc>& row) const {
+    if constexpr (base == Base::Constant) {
+      row.dot *= h.background;
+      row.mass *= h.background;
+    }
+    for (int64_t i = 0; i < h.entries.count; ++i) {
+      const int64_t k = h.entries.col[i];
+      const Acc extra = h.entries.value[i] - base_at(k);
+      row.dot += extra * (logit(k) - row.max);
+      row.mass += extra;
+    }
+    if (std::isnan(row.dot) && !std::isnan(row.exp)) {
+      row.dot = careful_dot(row.max); // 0 * (-inf) has to be 0
+    }
+  }
+
+  Acc careful_dot(Acc max) const {
+    Acc dot = 0;
+    int64_t next = 0;
+    for (int64_t begin = 0; begin < classes; begin += kChunk) {
+      const int64_t count = chunk_size(classes, begin);
+      const Acc* values = logits(begin, count);
+      const Acc* row = dense(begin, count);
+      for (int64_t k = begin; k < begin + count; ++k) {
+        Acc weight = base == Base::Dense ? row[k - begin] : base == Base::Constant ? h.background : Acc(0);
+        if (next < h.entries.count && h.entries.col[next] == k) {
+          weight = h.entries.value[next++];
+        }
+        if (weight != 0) {
+          dot += weight * (values[k - begin] - max);
+        }
+      }
+    }
+    return dot;
+  }
+
+  Acc log_sum_exp(const Sums<Acc>& sums) const {
+    if (!std::isinf(sums.max)) {
+      return sums.max + std::log(sums.exp);
+    }
+    for (int64_t k = 0; k < classes; ++k) {
+      if (std::isnan(logit(k))) {
+        return std::numeric_limits<Acc>::quiet_NaN();
+      }
+    }
+    return sums.max;
+  }
+
+  // Builds p_factor * exponentials - h_factor * H for the chunk at `begin`, in blocks of which `sink` gets
+  // (values, first class, count). `place` gives each block the memory to be built in.
+  template <typename Place, typename Sink>
+  void gradient(
+      int64_t begin, const Acc* exponentials, Acc p_factor, Acc h_factor, const Place& place, const Sink& sink) const {
+    const int64_t end = begin + chunk_size(classes, begin);
+    const Acc* row = dense(begin, end - begin);
+    int64_t next = 0;
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t count = end - first < kBlock ? end - first : kBlock;
+      const Acc* e = exponentials + (first - begin);
+      Acc* g = place(first);
+      if (!counted) {
+        gradient_of<Base::Zero, Acc>(e, nullptr, 0, count, p_factor, h_factor, g);
+      } else {
+        gradient_of<base>(e, row == nullptr ? row : row + (first - begin), h.background, count, p_factor, h_factor, g);
+        for (; next < h.entries.count && h.entries.col[next] < first + count; ++next) {
+          const int64_t k = h.entries.col[next] - first;
+          if (k >= 0) {
+            g[k] = p_factor * e[k] - h_factor * h.entries.value[next];
+          }
+        }
+      }
+      sink(g, first, count);
+    }
+  }
+};
+
+} // namespace CPU_CAPABILITY
+} // namespace lgd

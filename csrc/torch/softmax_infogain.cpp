@@ -1,0 +1,265 @@
+// softmax_infogain between tensors and kernels: conversions, allocation, and the choice of the instruction set.
+
+#include "softmax_infogain.h"
+
+#include <ATen/Functions.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "../cpu/softmax_infogain.h"
+
+namespace lgd {
+namespace {
+
+// H's tensors as the kernels want them. Keeps converted copies alive while `view` is used.
+template <typename Acc>
+struct Infogain {
+  InfogainView view;
+  at::Tensor diagonal, crow, col, values;
+
+  Infogain(const InfogainTensors& h, int64_t classes) {
+    constexpr at::ScalarType acc = std::is_same_v<Acc, double> ? at::kDouble : at::kFloat;
+    view.n_rows = classes;
+    if (h.matrix) {
+      TORCH_CHECK_VALUE(
+          h.matrix->dim() == 2 && h.matrix->size(1) == classes, "matrix: expected shape (rows, ", classes, "), got ",
+          h.matrix->sizes());
+      view.n_rows = h.matrix->size(0);
+      view.matrix = h.matrix->const_data_ptr();
+      view.matrix_dtype = dtype_of_tensor(*h.matrix, "matrix");
+      view.matrix_row_stride = h.matrix->stride(0);
+      view.matrix_class_stride = h.matrix->stride(1);
+    }
+    if (h.background) {
+      view.background = h.background->item<double>();
+    }
+    const bool identity = !h.matrix && !h.background && !h.diagonal && !h.values;
+    if (h.diagonal) {
+      TORCH_CHECK_VALUE(
+          h.diagonal->dim() == 0 || (h.diagonal->dim() == 1 && h.diagonal->size(0) == classes),
+          "diagonal: expected shape () or (", classes, ",), got ", h.diagonal->sizes());
+      diagonal = h.diagonal->to(acc);
+      view.diagonal = diagonal.const_data_ptr();
+      view.diagonal_stride = diagonal.dim() == 0 ? 0 : diagonal.stride(0);
+    } else if (identity) {
+      static const Acc one = 1;
+      view.diagonal = &one;
+    }
+    if (h.values) {
+      TORCH_CHECK_VALUE(
+          h.crow && h.col && h.crow->size(0) == classes + 1 && h.col->size(0) == h.values->size(0),
+          "crow, col, values: not the CSR indices and values of a matrix with ", classes, " rows");
+      crow = h.crow->to(at::kLong).contiguous();
+      col = h.col->to(at::kLong).contiguous();
+      values = h.values->to(acc).contiguous();
+      view.crow = crow.const_data_ptr<int64_t>();
+      view.col = col.const_data_ptr<int64_t>();
+      view.values = values.const_data_ptr();
+    }
+  }
+};
+
+Rows rows_of(const at::Tensor& tensor, const char* name) {
+  return {
+      const_cast<void*>(tensor.const_data_ptr()), dtype_of_tensor(tensor, name), tensor.stride(0), tensor.stride(1),
+      tensor.stride(2)};
+}
+
+template <typename T>
+PerRow<T> per_row(const at::Tensor& tensor) {
+  return {const_cast<T*>(tensor.const_data_ptr<std::remove_const_t<T>>()), tensor.stride(0), tensor.stride(1)};
+}
+
+template <typename T>
+PerRow<T> per_row_if(const OptionalTensor& tensor) {
+  return tensor ? per_row<T>(*tensor) : PerRow<T>{};
+}
+
+// One call of a kernel: its input, and the check of the labels once it has run.
+template <typename Acc>
+class Call {
+ public:
+  Call(const RowArguments& rows)
+      : classes_(rows.logits.size(1)), infogain_(rows.h, classes_), labels_(rows.labels) {
+    TORCH_CHECK_VALUE(rows.logits.dim() == 3, "logits: expected shape (O, C, I), got ", rows.logits.sizes());
+    TORCH_CHECK_VALUE(
+        labels_.dim() == 2 && labels_.size(0) == rows.logits.size(0) && labels_.size(1) == rows.logits.size(2),
+        "labels: expected shape (", rows.logits.size(0), ", ", rows.logits.size(2), "), got ", labels_.sizes());
+    TORCH_CHECK_TYPE(labels_.scalar_type() == at::kLong, "labels: dtype must be int64, got ", labels_.scalar_type());
+    input.outer = rows.logits.size(0);
+    input.classes = classes_;
+    input.inner = rows.logits.size(2);
+    input.logits = rows_of(rows.logits, "logits");
+    input.labels = per_row<const int64_t>(labels_);
+    input.ignore_index = rows.ignore_index;
+    input.infogain = infogain_.view;
+    input.z_loss = rows.z_loss;
+    input.first_bad_label = &first_bad_label_;
+  }
+
+  bool empty() const { return input.outer == 0 || input.inner == 0; }
+
+  // Run `kernels` for this machine's instruction set.
+  template <typename Default, typename Avx2, typename Avx512>
+  void run(const Default& on_default, const Avx2& on_avx2, const Avx512& on_avx512) {
+    if (empty()) {
+      return;
+    }
+    switch (cpu_capability()) {
+      case CpuCapability::AVX512:
+        on_avx512();
+        break;
+      case CpuCapability::AVX2:
+        on_avx2();
+        break;
+      case CpuCapability::Default:
+        on_default();
+        break;
+    }
+    if (first_bad_label_ != std::numeric_limits<int64_t>::max()) {
+      const int64_t value =
+          labels_[first_bad_label_ / input.inner][first_bad_label_ % input.inner].template item<int64_t>();
+      TORCH_CHECK_INDEX(
+          false, "labels: value ", value, " at position ", first_bad_label_, " is out of range for ",
+          input.infogain.n_rows, " classes");
+    }
+  }
+
+  SoftmaxInfogainInput<Acc> input;
+
+ private:
+  int64_t classes_;
+  Infogain<Acc> infogain_;
+  at::Tensor labels_;
+  int64_t first_bad_label_ = std::numeric_limits<int64_t>::max();
+};
+
+#define LGD_RUN(call, kernel, arguments) \
+  (call).run([&] { DEFAULT::kernel arguments; }, [&] { AVX2::kernel arguments; }, [&] { AVX512::kernel arguments; })
+
+// Beyond this many bytes the gradient would not stay in the last-level cache anyway.
+constexpr int64_t kStreamFrom = int64_t(16) << 20;
+
+template <typename Acc>
+struct Kernels {
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
+      const RowArguments& rows, const OptionalTensor& row_scale, bool need_lse, bool need_norm) {
+    Call<Acc> call(rows);
+    const auto options = rows.logits.options().dtype(c10::CppTypeToScalarType<Acc>::value);
+    const auto output = [&](bool needed) {
+      return needed ? at::empty({call.input.outer, call.input.inner}, options) : at::empty({0}, options);
+    };
+    const at::Tensor loss = output(true), lse = output(need_lse), norm = output(need_norm);
+    SoftmaxInfogainOutput<Acc> out;
+    out.loss = per_row<Acc>(loss);
+    if (need_lse) {
+      out.lse = per_row<Acc>(lse);
+    }
+    if (need_norm) {
+      out.norm = per_row<Acc>(norm);
+    }
+    at::Tensor grad = row_scale ? empty_on_huge_pages(rows.logits) : at::empty({0}, rows.logits.options());
+    if (row_scale) {
+      want_gradient(out, grad, *row_scale, std::nullopt);
+    }
+    LGD_RUN(call, softmax_infogain, (call.input, out));
+    return {loss, lse, grad, norm};
+  }
+
+  static void backward(
+      const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse,
+      const OptionalTensor& made_for, const at::Tensor& grad) {
+    Call<Acc> call(rows);
+    SoftmaxInfogainOutput<Acc> out;
+    want_gradient(out, grad, grad_loss, grad_lse);
+    out.made_for = per_row_if<const Acc>(made_for);
+    LGD_RUN(call, softmax_infogain, (call.input, out));
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> double_backward(
+      const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse,
+      const at::Tensor& grad_grad) {
+    Call<Acc> call(rows);
+    const at::Tensor grad_logits = empty_on_huge_pages(rows.logits), grad_grad_loss = at::empty_like(grad_loss, at::MemoryFormat::Contiguous),
+                     grad_grad_lse = at::empty_like(grad_grad_loss);
+    SoftmaxInfogainDoubleBackward<Acc> io;
+    io.grad_loss = per_row<const Acc>(grad_loss);
+    io.grad_lse = per_row_if<const Acc>(grad_lse);
+    io.grad_grad = rows_of(grad_grad, "grad_grad");
+    io.grad_logits = rows_of(grad_logits, "logits");
+    io.grad_grad_loss = per_row<Acc>(grad_grad_loss);
+    io.grad_grad_lse = per_row<Acc>(grad_grad_lse);
+    LGD_RUN(call, softmax_infogain_double_backward, (call.input, io));
+    return {grad_logits, grad_grad_loss, grad_grad_lse};
+  }
+
+  static at::Tensor backward_matrix(const RowArguments& rows, int64_t n_rows, const at::Tensor& grad_loss) {
+    Call<Acc> call(rows);
+    call.input.infogain.n_rows = n_rows;
+    const auto options = rows.logits.options().dtype(c10::CppTypeToScalarType<Acc>::value);
+    const at::Tensor result = at::zeros({n_rows, call.input.classes}, options);
+    const at::Tensor working_space = at::empty({2, call.input.outer * call.input.inner}, options);
+    SoftmaxInfogainBackwardMatrix<Acc> io;
+    io.grad_loss = per_row<const Acc>(grad_loss);
+    io.max = working_space.data_ptr<Acc>();
+    io.log_sum = io.max + working_space.size(1);
+    io.result = result.data_ptr<Acc>();
+    LGD_RUN(call, softmax_infogain_backward_matrix, (call.input, io));
+    return result;
+  }
+
+ private:
+  static void want_gradient(
+      SoftmaxInfogainOutput<Acc>& out, const at::Tensor& grad, const at::Tensor& grad_loss,
+      const OptionalTensor& grad_lse) {
+    out.grad = rows_of(grad, "grad");
+    out.grad_loss = per_row<const Acc>(grad_loss);
+    out.grad_lse = per_row_if<const Acc>(grad_lse);
+    out.stream_grad = static_cast<int64_t>(grad.nbytes()) >= kStreamFrom;
+  }
+};
+
+// f(Kernels<Acc>{}) for the accumulation type of these logits.
+template <typename F>
+auto with_accumulation_type(const at::Tensor& logits, const F& f) {
+  return logits.scalar_type() == at::kDouble ? f(Kernels<double>{}) : f(Kernels<float>{});
+}
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_infogain(
+    const RowArguments& rows, const OptionalTensor& row_scale, bool need_lse, bool need_norm) {
+  return with_accumulation_type(
+      rows.logits, [&](auto kernels) { return kernels.forward(rows, row_scale, need_lse, need_norm); });
+}
+
+at::Tensor softmax_infogain_backward(
+    const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse) {
+  const at::Tensor grad = empty_on_huge_pages(rows.logits);
+  with_accumulation_type(
+      rows.logits, [&](auto kernels) { kernels.backward(rows, grad_loss, grad_lse, std::nullopt, grad); });
+  return grad;
+}
+
+void softmax_infogain_backward_(
+    const at::Tensor& grad, const at::Tensor& row_scale, const RowArguments& rows, const at::Tensor& grad_loss,
+    const OptionalTensor& grad_lse) {
+  with_accumulation_type(
+      rows.logits, [&](auto kernels) { kernels.backward(rows, grad_loss, grad_lse, row_scale, grad); });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_infogain_double_backward(
+    const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse,
+    const at::Tensor& grad_grad) {
+  return with_accumulation_type(
+      rows.logits, [&](auto kernels) { return kernels.double_backward(rows, grad_loss, grad_lse, grad_grad); });
+}
+
+at::Tensor softmax_infogain_backward_matrix(
+    const RowArguments& rows, int64_t n_rows, const at::Tensor& grad_loss) {
+  return with_accumulation_type(
+      rows.logits, [&](auto kernels) { return kernels.backward_matrix(rows, n_rows, grad_loss); });
+}
+
+} // namespace lgd

@@ -1,0 +1,115 @@
+"""Builds the extension `lgd_kernels._C`. Everything else about the package is in pyproject.toml.
+
+The vector code in csrc/cpu is compiled once per instruction set (DEFAULT, AVX2, AVX512) with its own flags, which
+torch's BuildExtension cannot do; the copies live in different namespaces and one is chosen at run time. The rest is an
+ordinary extension. Without a C++ compiler the package installs all the same and runs on its plain PyTorch reference.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"lgd_kernels needs torch to build ({error}). Install torch first, then `pip install --no-build-isolation .`"
+    )
+
+ROOT = Path(__file__).resolve().parent
+CPU = Path("csrc/cpu")
+VECTOR_SOURCES = [CPU / "softmax_infogain.cpp"]
+COMMON_SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/torch/common.cpp",
+    "csrc/torch/softmax_infogain.cpp",
+    "csrc/cpu/parallel.cpp",
+]
+CAPABILITIES = {
+    "DEFAULT": [],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 bug 105593 in its own AVX-512 header
+# for instance "-fsanitize=address,undefined -g": used by `make gates`
+EXTRA_FLAGS = os.environ.get("LGD_EXTRA_CXX_FLAGS", "").split()
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+class BuildWithVectorCode(BuildExtension):
+    """BuildExtension that first compiles the vector sources, once per instruction set."""
+
+    def build_extensions(self) -> None:
+        for extension in self.extensions:
+            # DEFAULT first: where two objects define the same inline function, the linker keeps the first
+            extension.extra_objects = self._vector_objects() + extension.extra_objects
+        super().build_extensions()
+
+    def _vector_objects(self) -> list[str]:
+        from ninja import BIN_DIR
+        from ninja.ninja_syntax import Writer
+
+        folder = Path(self.build_temp).resolve() / "vector"
+        folder.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in [*include_paths("cpu"), sysconfig.get_path("include")]]
+        objects = []
+        with open(folder / "build.ninja", "w") as file:
+            ninja = Writer(file, width=120)
+            command = f"{compiler()} -MMD -MF $out.d $flags -c $in -o $out"
+            ninja.rule("compile", command, depfile="$out.d", deps="gcc", description="$description")
+            for capability, flags in CAPABILITIES.items():
+                defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+                for source in VECTOR_SOURCES:
+                    target = str(folder / f"{source.stem}.{capability}.o")
+                    ninja.build(
+                        target,
+                        "compile",
+                        str(ROOT / source),
+                        variables={
+                            "flags": " ".join([*CXX_FLAGS, *EXTRA_FLAGS, *flags, *defines, *includes]),
+                            "description": f"{source} for {capability}",
+                        },
+                    )
+                    objects.append(target)
+        subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(folder)], check=True)
+        return objects
+
+
+def extensions() -> list:
+    """The extension, or nothing where it cannot be built."""
+    if compiler() is None:
+        print(
+            "lgd_kernels: no C++ compiler found, so the fast CPU kernels are not built and the package runs on its "
+            "plain PyTorch reference. Install g++ and install lgd_kernels again to get them.",
+            file=sys.stderr,
+        )
+        return []
+    extension = CppExtension(
+        "lgd_kernels._C",
+        COMMON_SOURCES,
+        extra_compile_args=[*CXX_FLAGS, *EXTRA_FLAGS],
+        extra_link_args=["-fopenmp", *EXTRA_FLAGS],
+    )
+    return [extension]
+
+
+setup(
+    packages=[
+        "lgd_kernels",
+        "lgd_kernels.autograd",
+        "lgd_kernels.decoupled",
+        "lgd_kernels.losses",
+        "lgd_kernels.reference",
+    ],
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildWithVectorCode.with_options(use_ninja=True)},
+)
