@@ -31,7 +31,8 @@ def _tangent_of_rows(terms, parts, tangents, n_classes: int) -> Tensor | None:
 
 
 def _gradients_of_parts(grad_rows: Tensor, terms, parts, needed) -> list[Tensor | None]:
-    """Pull the gradient of H[labels] (O, C, I) back to those parts of H that need one."""
+    """Pull the gradient of H[labels] (O, C, I) back to those parts of H that need one. Sums are made in the dtype of
+    grad_rows, whatever that of the part."""
     chosen = [i for i in range(_N_PARTS) if needed[i]]
 
     def rows_of(*changed: Tensor) -> Tensor:
@@ -40,10 +41,10 @@ def _gradients_of_parts(grad_rows: Tensor, terms, parts, needed) -> list[Tensor 
             new[i] = part
         return reference.infogain_rows(terms.labels, grad_rows.shape[1], *new, dtype=grad_rows.dtype)
 
-    _, pull_back = torch.func.vjp(rows_of, *(parts[i] for i in chosen))
+    _, pull_back = torch.func.vjp(rows_of, *(parts[i].to(grad_rows.dtype) for i in chosen))
     gradients: list[Tensor | None] = [None] * _N_PARTS
     for i, gradient in zip(chosen, pull_back(grad_rows), strict=True):
-        gradients[i] = gradient
+        gradients[i] = gradient.to(parts[i].dtype)
     return gradients
 
 

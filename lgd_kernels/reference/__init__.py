@@ -4,6 +4,13 @@ Slow and obvious on purpose. Each function has the signature of the op of the sa
 serves as the implementation where no kernel is built.
 """
 
+from lgd_kernels.reference.activations import ACTIVATIONS, HIDDEN_LOSSES
+from lgd_kernels.reference.decoupled_linear import (
+    decoupled_linear,
+    decoupled_linear_backward,
+    decoupled_linear_tangent,
+)
+from lgd_kernels.reference.local_residual import local_residual, local_residual_tangent
 from lgd_kernels.reference.softmax_infogain import (
     SoftmaxInfogainTerms,
     accumulation_dtype,
@@ -16,9 +23,16 @@ from lgd_kernels.reference.softmax_infogain import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
+    "HIDDEN_LOSSES",
     "SoftmaxInfogainTerms",
     "accumulation_dtype",
+    "decoupled_linear",
+    "decoupled_linear_backward",
+    "decoupled_linear_tangent",
     "infogain_rows",
+    "local_residual",
+    "local_residual_tangent",
     "softmax_infogain",
     "softmax_infogain_backward",
     "softmax_infogain_backward_",

@@ -1,0 +1,311 @@
+"""The benchmark harness: it refuses wrong results, keeps its records, and judges goals. Nothing here looks at times."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+
+import pytest
+import torch
+
+from bench import results
+from bench.__main__ import README, parse_arguments
+from bench.correctness import check_peers, relative_error
+from bench.floors import Rates, floor_ms
+from bench.goals import AtLeast, AtMost, judge
+from bench.machine import describe_machine, device_slug
+from bench.measure import measure_problem, measure_workload
+from bench.peers import Problem, prepare, softmax_infogain
+from bench.plot import draw
+from bench.report import report
+from bench.results import RESULTS, Row
+from bench.table import BEGIN, END, section, three_digits, update_readme, with_table
+from bench.timing import Effort, summarize, time_interleaved
+from bench.workloads import WORKLOADS, SoftmaxInfogainWorkload
+
+EFFORT = Effort(rounds=2, burst_seconds=1e-4)
+PEERS = ("copy", "eager", "ours")
+TINY = SoftmaxInfogainWorkload("dense", (6, 5), peers=PEERS, goals=(AtLeast("eager", 7), AtMost("copy", 1.6)))
+
+
+def nothing(*_) -> None:
+    pass
+
+
+def row(peer: str, median_ms: float | None, workload: str = TINY.name, date: str = "2025-01-01", **changes) -> Row:
+    status = "ok" if median_ms else "wrong: gradient off by 1.0e-02, allowed 1.0e-06"
+    values = {
+        "date": date,
+        "commit": "0123456789ab",
+        "device": "some-cpu-2-cores-avx2",
+        "cpu": "Some, CPU",
+        "isa": "AVX2",
+        "threads": 2,
+        "torch": "2.13.0+cpu",
+        "python": "3.11.2",
+        "lgd_kernels": "0.1.0",
+        "backend": "cpp",
+        "workload": workload,
+        "peer": peer,
+        "status": status,
+        "error": 1.5e-7,
+        "median_ms": median_ms,
+        "p20_ms": median_ms,
+        "p80_ms": median_ms,
+        "calls": 12 if median_ms else None,
+        "floor_ms": 1.25,
+        "ratio_to_floor": median_ms and median_ms / 1.25,
+        "copy_gb_per_s": 40.0,
+        "gemm_gflop_per_s": 200.0,
+    }
+    return Row(**(values | changes))
+
+
+RUN = [row("copy", 1.25), row("eager", 16.0), row("compiled", 6.0), row("ours", 2.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workloads, peers, correctness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_workloads_are_distinct_and_their_goals_name_their_peers():
+    assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS)
+    for workload in WORKLOADS:
+        assert {goal.peer for goal in workload.goals} < set(workload.peers), workload.name
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_every_kind_of_workload_runs_and_its_peers_agree_with_float64(workload):
+    n_samples, n_classes, *inner = workload.shape
+    shape = (min(n_samples, 4), min(n_classes, 50), *(3 for _ in inner))
+    tiny = dataclasses.replace(workload, shape=shape, peers=PEERS)
+    rows = measure_workload(tiny, EFFORT, describe_machine(), 1e11, nothing)
+    assert [(r.peer, r.status) for r in rows] == [(peer, "ok") for peer in PEERS]
+    assert all(r.median_ms > 0 and r.p20_ms <= r.median_ms <= r.p80_ms for r in rows)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_peer_agrees_with_float64():
+    checks = check_peers(prepare(dataclasses.replace(TINY, peers=("compiled",))))
+    assert checks["compiled"].passed, checks["compiled"].status
+
+
+@pytest.mark.parametrize("kind", ["identity", "dense", "sparse", "label_smoothing"])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 5, 3, 2)])
+def test_expected_outputs_are_those_of_autograd_in_float64(kind, shape):
+    data = softmax_infogain.make_data(SoftmaxInfogainWorkload(kind, shape, dtype="float64"))
+    expected = softmax_infogain.expected_outputs(kind, data)
+    matrix = torch.eye(5, dtype=torch.float64) if data.matrix is None else data.matrix.double()
+    if kind == "label_smoothing":
+        matrix = (1 - softmax_infogain.EPSILON) * matrix + softmax_infogain.EPSILON / 5
+    targets = matrix[data.labels].movedim(-1, 1)
+    loss = -(targets * data.logits.log_softmax(1)).sum() / data.labels.numel()
+    loss.backward()
+    assert relative_error(loss.detach(), expected["loss"]) < 1e-14
+    assert relative_error(data.logits.grad, expected["gradient"]) < 1e-14
+
+
+def with_peer(change) -> Problem:
+    """The tiny problem, with `change` applied to what lgd_kernels returns."""
+    problem = prepare(TINY)
+    ours = problem.calls["ours"]
+    return dataclasses.replace(problem, calls=problem.calls | {"ours": lambda: change(ours())})
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (lambda out: out | {"gradient": out["gradient"] * 1.001}, "wrong: gradient off by"),
+        (lambda out: out | {"gradient": out["gradient"].where(out["gradient"] < 0, torch.nan)}, "wrong: gradient off"),
+        (lambda out: out | {"gradient": None}, "wrong: gradient off by inf"),
+        (lambda out: out | {"gradient": out["gradient"][:1]}, "wrong: gradient off by inf"),
+        (lambda out: out | {"loss": out["loss"] + 1}, "wrong: loss off by"),
+        (lambda out: 1 / 0, "failed: ZeroDivisionError: division by zero"),
+    ],
+    ids=["scaled", "nan", "missing", "misshapen", "loss", "raises"],
+)
+def test_a_wrong_peer_gets_no_time(change, status):
+    checks, timings = measure_problem(with_peer(change), EFFORT, nothing)
+    assert checks["ours"].status.startswith(status)
+    assert set(timings) == {"copy", "eager"}
+
+
+def test_a_wrong_result_of_ours_gives_no_speed_up_anywhere(monkeypatch):
+    problem = with_peer(lambda out: out | {"gradient": out["gradient"] * 1.001})
+    monkeypatch.setattr("bench.measure.prepare", lambda workload: problem)
+    rows = measure_workload(TINY, EFFORT, describe_machine(), 1e11, nothing)
+    ours = rows[-1]
+    assert (ours.median_ms, ours.p20_ms, ours.p80_ms, ours.calls, ours.ratio_to_floor) == (None,) * 5
+    assert ours.error > 1e-4
+    for text in (report(rows, [TINY]), section(rows, [TINY])):
+        assert not re.search(r"\d\.\d+x( as fast|\))", text)
+        assert text.count("not measured") == len(TINY.goals)
+    assert "not timed: ours on softmax_infogain/dense/6x5/float32: wrong" in report(rows, [TINY])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The timing loop and the floors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_peers_take_turns_and_each_call_is_prepared():
+    log, rounds = [], []
+    calls = {peer: lambda peer=peer: log.append(peer) for peer in "abc"}
+    timings = time_interleaved(calls, lambda: log.append("|"), Effort(3, 0.0), lambda: rounds.append(1))
+    assert len(rounds) == 3 and log[::2] == ["|"] * (len(log) // 2)
+    warm_up, counted = log[1:24:2], log[25::2]
+    assert "".join(warm_up) == "aaaabbbbcccc"
+    assert "".join(counted) == "aabbcc" + "bbccaa" + "ccaabb"  # the first of each two is not counted
+    assert all(timing.calls == 3 for timing in timings.values())
+
+
+def test_summary_of_times():
+    timing = summarize([0.001 * i for i in range(11)])
+    assert (timing.median_ms, timing.p20_ms, timing.p80_ms, timing.calls) == pytest.approx((5, 2, 8, 11))
+    assert summarize([0.002]).p80_ms == pytest.approx(2)
+
+
+def test_the_floor_is_the_slower_of_bytes_and_flops():
+    problem = dataclasses.replace(prepare(TINY), least_bytes=2_000, flops=3_000)
+    assert floor_ms(problem, Rates(1e6, 1e9)) == pytest.approx(2.0)
+    assert floor_ms(problem, Rates(1e9, 1e6)) == pytest.approx(3.0)
+
+
+def test_least_bytes_are_two_passes_over_the_logits_and_one_over_H():
+    assert prepare(TINY).least_bytes == 2 * 6 * 5 * 4 + 5 * 5 * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Goals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("goal", "ours", "peer", "ratio", "met"),
+    [
+        (AtLeast("eager", 7), 2.0, 14.0, 7.0, True),
+        (AtLeast("eager", 7), 2.0, 13.9, 6.95, False),
+        (AtMost("copy", 1.6), 1.6, 1.0, 1.6, True),
+        (AtMost("copy", 1.6), 1.7, 1.0, 1.7, False),
+    ],
+)
+def test_goals(goal, ours, peer, ratio, met):
+    (verdict,) = judge((goal,), {"ours": ours, goal.peer: peer})
+    assert verdict.ratio == pytest.approx(ratio) and verdict.met is met
+    assert verdict.word == ("met" if met else "MISSED")
+
+
+@pytest.mark.parametrize("median_ms", [{"ours": 1.0}, {"eager": 1.0}])
+def test_a_goal_without_both_times_is_neither_met_nor_missed(median_ms):
+    (verdict,) = judge((AtLeast("eager", 7),), median_ms)
+    assert (verdict.ratio, verdict.met, verdict.word) == (None, None, "not measured")
+
+
+def test_report_says_which_goals_are_met_and_what_is_noisy():
+    text = report([*RUN[:3], row("ours", 2.1, p20_ms=1.0)], [TINY])
+    assert "goal met           ≥ 7x as fast as eager: 7.62" in text
+    assert "goal MISSED        ≤ 1.6x the time of copy: 1.68" in text
+    assert "1 of 2 goals met" in text
+    assert text.splitlines()[-1].endswith("is something else running? ours on softmax_infogain/dense/6x5/float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results, table, picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_results_come_back_from_the_file_and_the_latest_run_is_read(tmp_path):
+    path = tmp_path / "results" / "some.csv"
+    results.append(path, RUN)
+    second = [row("copy", 1.0, date="2025-01-02"), row("ours", None, date="2025-01-02")]
+    results.append(path, second)
+    assert results.read_latest_run(path) == second
+    assert path.read_text().count("date,commit,device") == 1
+    assert len(path.read_text().splitlines()) == 1 + len(RUN) + len(second)
+
+
+def test_results_of_another_version_are_not_mixed_in(tmp_path):
+    path = tmp_path / "some.csv"
+    path.write_text("date,peer\n2025-01-01,ours\n")
+    with pytest.raises(ValueError, match=r"some\.csv: has the columns \['date', 'peer'\]"):
+        results.append(path, RUN)
+
+
+def test_the_table_goes_between_the_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.table.WORKLOADS", (TINY,))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    results.append(tmp_path / "some.csv", RUN)
+    update_readme(readme, tmp_path)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{BEGIN}\n**Some, CPU, 2 threads, AVX2**") and text.endswith(f"\n{END}\nafter\n")
+    assert "| dense H, 6 x 5 | 1.25 | 16.0 (8.0x) | 6.00 (3.0x) | **2.00** | 1.60 |" in text
+    assert "| ≥ 7x eager: 8.00 ✓; ≤ 1.6 copies: 1.60 ✓ |" in text
+    assert "old" not in text
+    update_readme(readme, tmp_path)
+    assert readme.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_missing_markers_are_said_clearly(text):
+    with pytest.raises(ValueError, match=r"README\.md: needs one line <!-- bench:begin --> and after it one line"):
+        with_table(text, "table", "README.md")
+
+
+def test_missing_readme_and_missing_results_are_said_clearly(tmp_path):
+    with pytest.raises(ValueError, match=r"README\.md: not found"):
+        update_readme(tmp_path / "README.md", tmp_path)
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    with pytest.raises(ValueError, match="no results yet: run `python -m bench` first"):
+        update_readme(tmp_path / "README.md", tmp_path)
+
+
+def test_the_readme_in_this_checkout_holds_the_generated_table(tmp_path):
+    if not list(RESULTS.glob("*.csv")) or not README.exists():
+        pytest.skip("no results in this checkout")
+    copy = tmp_path / "README.md"
+    copy.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    update_readme(copy, RESULTS)
+    assert copy.read_text(encoding="utf-8") == README.read_text(encoding="utf-8"), "run `python -m bench table`"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0312, "0.0312"), (0.5, "0.5"), (1.6, "1.60"), (14.64, "14.6"), (144.4, "144")]
+)
+def test_three_digits(value, text):
+    assert three_digits(value) == text
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw([*RUN[:2], row("ours", None)], [TINY], tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine and the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpu", "n_cores", "isa", "slug"),
+    [
+        ("AMD EPYC", 2, "AVX512", "amd-epyc-2-cores-avx512"),
+        ("Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz", 1, "AVX2", "intel-xeon-platinum-8375c-1-core-avx2"),
+        ("AMD Ryzen 9 7950X 16-Core Processor", 32, "AVX512", "amd-ryzen-9-7950x-32-cores-avx512"),
+    ],
+)
+def test_device_slug(cpu, n_cores, isa, slug):
+    assert device_slug(cpu, n_cores, isa) == slug
+
+
+def test_the_command_line_says_what_it_cannot_do(capsys):
+    for arguments, message in (
+        (["--only", "no-such"], "no workload has this in its name"),
+        (["plot", "--quick"], "run"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(arguments)
+        assert message in capsys.readouterr().err
