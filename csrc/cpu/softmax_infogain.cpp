@@ -13,75 +13,93 @@ namespace {
 
 constexpr int64_t kGrain = 16384; // elements that are worth a thread
 
-inline int64_t rows_per_thread(int64_t classes) { return kGrain / (classes + 1) + 1; }
-
-// body(chunk) for every chunk of a row, on all threads or on this one.
-template <typename Body>
-void for_chunks(int64_t n_chunks, bool in_parallel, const Body& body) {
-  const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      body(chunk);
+// body(chunk, workspace) for every chunk of a row: on all threads, or on this one with its `own` workspace.
+template <typename Acc, typename Body>
+void for_chunks(int64_t classes, bool in_parallel, const Workspace<Acc>& own, const Body& body) {
+  const int64_t n_chunks = chunks_of(classes);
+  if (!in_parallel) {
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+      body(chunk, own);
     }
-  };
-  if (in_parallel) {
-    parallel_for(0, n_chunks, 1, range);
-  } else {
-    range(0, n_chunks);
+    return;
   }
+  parallel_for(0, n_chunks, 1, [&](int64_t begin, int64_t end) {
+    const Workspace<Acc> work(classes);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      body(chunk, work);
+    }
+    fence_streams();
+  });
 }
 
-// body(outer, inner) for every row; rows go to threads, or, where they are few and long, the chunks of each row do.
-template <typename Acc, typename Body>
-void for_rows(const SoftmaxInfogainInput<Acc>& in, const Body& body) {
+// kernel(outer, inner, in_parallel, workspace) for every row. Rows go to threads, or, where they are few and long, the
+// chunks of each row do.
+template <typename Acc, typename Kernel>
+void for_rows(const SoftmaxInfogainInput<Acc>& in, const Kernel& kernel) {
   const int64_t n_rows = in.outer * in.inner;
   const bool split_rows = chunks_of(in.classes) > 1 && n_rows < 2 * num_threads();
   const auto range = [&](int64_t begin, int64_t end) {
+    const Workspace<Acc> work(in.classes);
+    int64_t outer = begin / in.inner, inner = begin % in.inner;
     for (int64_t i = begin; i < end; ++i) {
-      body(i / in.inner, i % in.inner, split_rows);
+      kernel(outer, inner, split_rows, work);
+      if (++inner == in.inner) {
+        inner = 0;
+        ++outer;
+      }
     }
     fence_streams();
   };
   if (split_rows) {
     range(0, n_rows);
   } else {
-    parallel_for(0, n_rows, rows_per_thread(in.classes), range);
+    parallel_for(0, n_rows, kGrain / (in.classes + 1) + 1, range);
   }
 }
 
-// Where this thread keeps the exponentials of the chunk it is at.
-template <typename Acc>
-Acc* exponentials_of(const SoftmaxInfogainInput<Acc>& in) {
-  return scratch_of<Acc>(Scratch::Exponentials, in.classes < kChunk ? in.classes : kChunk);
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Loss, log-sum-exp, norm and gradient
+// ---------------------------------------------------------------------------------------------------------------------
 
-// Loss, log-sum-exp, norm and gradient of single rows.
 template <Base base, typename Acc>
 struct RowKernel {
+  using Row_ = LabelledRow<base, Acc>;
+
   const SoftmaxInfogainInput<Acc>& in;
   const SoftmaxInfogainOutput<Acc>& out;
 
-  void operator()(int64_t outer, int64_t inner, bool in_parallel) const {
-    const LabelledRow<base, Acc> row(in, outer, inner);
-    if (done_early(outer, inner, row.counted)) {
+  // What is known of a row once it has been summed.
+  struct Summed {
+    Sums<Acc> sums;
+    Acc log_sum, lse;
+    Acc slope; // dloss/dx = slope * p - H
+  };
+
+  void operator()(int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) const {
+    const Row_ row(in, outer, inner);
+    if (done_early(row, outer, inner)) {
       return;
     }
     const int64_t n_chunks = chunks_of(in.classes);
-    auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
-    for_chunks(n_chunks, in_parallel, [&](int64_t c) { chunks[c] = row.chunk_sums(c * kChunk, exponentials_of(in)); });
-    const Sums<Acc> sums = row.combine(chunks, n_chunks);
-    const Acc lse = row.log_sum_exp(sums);
-    write_loss(row, sums, lse, outer, inner);
+    Sums<Acc> only_chunk;
+    Sums<Acc>* chunks = n_chunks <= 1 ? &only_chunk : scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
+    const Ahead ahead = ahead_of(row, outer, inner);
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
+      chunks[c] = row.chunk_sums(c * kChunk, w, n_chunks == 1 ? ahead : row.nothing_ahead());
+    });
+    const Summed summed = summarize(row, row.combine(chunks, n_chunks, work));
+    write_loss(row, summed, outer, inner);
     if (out.grad.data == nullptr && out.norm.data == nullptr) {
       return;
     }
-    for_chunks(n_chunks, in_parallel, [&](int64_t c) {
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
       if (n_chunks > 1) { // they were against the chunk's maximum, and another chunk's have replaced them
-        row.exponentials(c * kChunk, sums.max, exponentials_of(in));
+        row.exponentials(c * kChunk, summed.sums.max, w);
       }
       if (out.grad.data != nullptr) {
-        write_gradient(row, c * kChunk, sums, lse, outer, inner);
+        write_gradient(row, summed, c * kChunk, w, outer, inner);
       }
-      chunks[c].squares = out.norm.data == nullptr ? Acc(0) : squares(row, c * kChunk, sums, lse);
+      chunks[c].squares = out.norm.data == nullptr ? Acc(0) : squares(row, summed, c * kChunk, w);
     });
     if (out.norm.data != nullptr) {
       Acc total = 0;
@@ -98,13 +116,13 @@ struct RowKernel {
   }
 
   // Whether nothing is left to do: the gradient is there already, or the row is ignored and nobody asks for its lse.
-  bool done_early(int64_t outer, int64_t inner, bool counted) const {
+  bool done_early(const Row_& row, int64_t outer, int64_t inner) const {
     const bool lse_unused = upstream_of_lse(outer, inner) == 0;
     if (out.made_for.data != nullptr && lse_unused &&
         out.grad_loss.at(outer, inner) == out.made_for.at(outer, inner)) {
       return true;
     }
-    if (counted || !lse_unused || out.lse.data != nullptr) {
+    if (row.counted || !lse_unused || out.lse.data != nullptr) {
       return false;
     }
     if (out.loss.data != nullptr) {
@@ -119,25 +137,47 @@ struct RowKernel {
     return true;
   }
 
-  void write_loss(
-      const LabelledRow<base, Acc>& row, const Sums<Acc>& sums, Acc lse, int64_t outer, int64_t inner) const {
-    if (out.lse.data != nullptr) {
-      out.lse.at(outer, inner) = lse;
+  // The row that this thread comes to next, where rows lie one behind the other, and this row's gradient.
+  Ahead ahead_of(const Row_& row, int64_t outer, int64_t inner) const {
+    Ahead ahead = row.nothing_ahead();
+    if (in.inner == 1 && in.logits.class_stride == 1 && outer + 1 < in.outer) {
+      const int64_t size = element_size(in.logits.dtype);
+      ahead.logits = {row.x.data + in.logits.outer_stride * size, size};
+      ahead.matrix = next_matrix_row(outer, ahead.matrix);
     }
-    if (out.loss.data != nullptr) {
-      const Acc penalty = in.z_loss == 0 ? Acc(0) : static_cast<Acc>(in.z_loss) * lse * lse;
-      out.loss.at(outer, inner) = row.counted ? sums.mass * std::log(sums.exp) - sums.dot + penalty : Acc(0);
+    if (out.grad.data != nullptr && out.grad.class_stride == 1 && !out.stream_grad) {
+      ahead.gradient = {writable_row_at(out.grad, outer, inner).data, element_size(out.grad.dtype)};
     }
+    return ahead;
   }
 
-  // dloss/dx = slope * p - H for a row that counts.
-  Acc slope(const Sums<Acc>& sums, Acc lse) const {
-    return in.z_loss == 0 ? sums.mass : sums.mass + 2 * static_cast<Acc>(in.z_loss) * lse;
+  Ahead::Stream next_matrix_row(int64_t outer, Ahead::Stream otherwise) const {
+    const InfogainView& h = in.infogain;
+    const int64_t label = in.labels.at(outer + 1, 0);
+    if (base != Base::Dense || h.matrix_class_stride != 1 || label < 0 || label >= h.n_rows) {
+      return otherwise;
+    }
+    const int64_t size = element_size(h.matrix_dtype);
+    return {static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * size, size};
+  }
+
+  Summed summarize(const Row_& row, const Sums<Acc>& sums) const {
+    const Acc log_sum = std::log(sums.exp), lse = row.log_sum_exp(sums, log_sum), z = static_cast<Acc>(in.z_loss);
+    return {sums, log_sum, lse, row.counted ? sums.mass + (z == 0 ? Acc(0) : 2 * z * lse) : Acc(0)};
+  }
+
+  void write_loss(const Row_& row, const Summed& s, int64_t outer, int64_t inner) const {
+    if (out.lse.data != nullptr) {
+      out.lse.at(outer, inner) = s.lse;
+    }
+    if (out.loss.data != nullptr) {
+      const Acc z = static_cast<Acc>(in.z_loss), penalty = z == 0 ? Acc(0) : z * s.lse * s.lse;
+      out.loss.at(outer, inner) = row.counted ? s.sums.mass * s.log_sum - s.sums.dot + penalty : Acc(0);
+    }
   }
 
   void write_gradient(
-      const LabelledRow<base, Acc>& row, int64_t begin, const Sums<Acc>& sums, Acc lse, int64_t outer, int64_t inner)
-      const {
+      const Row_& row, const Summed& s, int64_t begin, const Workspace<Acc>& work, int64_t outer, int64_t inner) const {
     const Row target = writable_row_at(out.grad, outer, inner);
     const Acc on_lse = upstream_of_lse(outer, inner);
     if (!row.counted && on_lse == 0) {
@@ -145,34 +185,30 @@ struct RowKernel {
       return;
     }
     const Acc upstream = row.counted ? out.grad_loss.at(outer, inner) : Acc(0);
-    const Acc p_factor = ((row.counted ? upstream * slope(sums, lse) : Acc(0)) + on_lse) / sums.exp;
-    const bool in_place = target.dtype == dtype_of<Acc>() && target.stride == 1;
-    Acc* block = scratch_of<Acc>(Scratch::Gradient, kBlock);
-    if (in_place && !out.stream_grad) {
-      const auto place = [&](int64_t first) { return reinterpret_cast<Acc*>(element(target, first)); };
-      row.gradient(begin, exponentials_of(in), p_factor, upstream, place, [](const Acc*, int64_t, int64_t) {});
-    } else if (in_place) {
-      row.gradient(
-          begin, exponentials_of(in), p_factor, upstream, [&](int64_t) { return block; },
-          [&](const Acc* g, int64_t first, int64_t count) {
-            stream(g, count, reinterpret_cast<Acc*>(element(target, first)));
-          });
+    const Acc p_factor = (upstream * s.slope + on_lse) / s.sums.exp;
+    const auto address = [&](int64_t first) { return reinterpret_cast<Acc*>(element(target, first)); };
+    const auto in_block = [&](int64_t) { return work.gradient; };
+    if (target.dtype != dtype_of<Acc>() || target.stride != 1) {
+      row.gradient(begin, p_factor, upstream, work, in_block, [&](const Acc* g, int64_t first, int64_t count) {
+        store_row(g, target, first, count);
+      });
+    } else if (out.stream_grad) {
+      row.gradient(begin, p_factor, upstream, work, in_block, [&](const Acc* g, int64_t first, int64_t count) {
+        stream(g, count, address(first));
+      });
     } else {
-      row.gradient(
-          begin, exponentials_of(in), p_factor, upstream, [&](int64_t) { return block; },
-          [&](const Acc* g, int64_t first, int64_t count) { store_row(g, target, first, count); });
+      row.gradient(begin, p_factor, upstream, work, address, [](const Acc*, int64_t, int64_t) {});
     }
   }
 
   // Sum of the squares of dloss/dx over a chunk.
-  Acc squares(const LabelledRow<base, Acc>& row, int64_t begin, const Sums<Acc>& sums, Acc lse) const {
+  Acc squares(const Row_& row, const Summed& s, int64_t begin, const Workspace<Acc>& work) const {
     if (!row.counted) {
       return 0;
     }
-    Acc* block = scratch_of<Acc>(Scratch::Gradient, kBlock);
     Acc total = 0;
     row.gradient(
-        begin, exponentials_of(in), slope(sums, lse) / sums.exp, Acc(1), [&](int64_t) { return block; },
+        begin, s.slope / s.sums.exp, Acc(1), work, [&](int64_t) { return work.gradient; },
         [&](const Acc* g, int64_t, int64_t count) { total += dot(g, g, count); });
     return total;
   }
@@ -193,73 +229,79 @@ void run(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& 
 
 template <Base base, typename Acc>
 struct DoubleBackwardKernel {
+  using Row_ = LabelledRow<base, Acc>;
+
   const SoftmaxInfogainInput<Acc>& in;
   const SoftmaxInfogainDoubleBackward<Acc>& io;
 
-  void operator()(int64_t outer, int64_t inner, bool in_parallel) const {
-    const LabelledRow<base, Acc> row(in, outer, inner);
+  void operator()(int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) const {
+    const Row_ row(in, outer, inner);
     const ConstRow v = row_at(io.grad_grad, outer, inner);
     const int64_t n_chunks = chunks_of(in.classes);
     auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
-    for_chunks(n_chunks, in_parallel, [&](int64_t c) { chunks[c] = row.chunk_sums(c * kChunk, exponentials_of(in)); });
-    const Sums<Acc> sums = row.combine(chunks, n_chunks);
-
-    for_chunks(n_chunks, in_parallel, [&](int64_t c) { // <exp, v> in `exp`, <H, v> in `dot`
-      const int64_t begin = c * kChunk, count = chunk_size(in.classes, begin);
-      const Acc* e = exponentials(row, c, sums);
-      const Acc* values = vector(v, begin, count);
-      chunks[c].exp = dot(e, values, count);
-      chunks[c].dot = row.dot_with_base(begin, values);
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
+      chunks[c] = row.chunk_sums(c * kChunk, w, row.nothing_ahead());
     });
-    Acc mean_v = 0, h_v = 0;
+    const Sums<Acc> sums = row.combine(chunks, n_chunks, work);
+
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
+      const int64_t count = chunk_size(in.classes, c * kChunk);
+      const Acc* values = vector(v, c);
+      chunks[c].exp = dot(exponentials(row, c, sums, w), values, count);
+      chunks[c].dot = row.dot_with_base(c * kChunk, values, w);
+    });
+    Acc mean_v = 0, h_v = entries_dot(row, v);
     for (int64_t c = 0; c < n_chunks; ++c) {
-      mean_v += chunks[c].exp;
+      mean_v += chunks[c].exp / sums.exp;
       h_v += chunks[c].dot;
     }
-    mean_v /= sums.exp;
-    if (row.counted) {
-      for (int64_t i = 0; i < row.h.entries.count; ++i) {
-        const int64_t k = row.h.entries.col[i];
-        Acc buffer;
-        h_v += (row.h.entries.value[i] - row.base_at(k)) * *load_row(v, k, 1, &buffer);
-      }
-    }
 
-    const Acc z = static_cast<Acc>(in.z_loss), lse = row.log_sum_exp(sums);
+    const Acc z = static_cast<Acc>(in.z_loss), lse = row.log_sum_exp(sums, std::log(sums.exp));
     const Acc upstream = row.counted ? io.grad_loss.at(outer, inner) : Acc(0);
     const Acc slope = row.counted ? sums.mass + (z == 0 ? Acc(0) : 2 * z * lse) : Acc(0);
     const Acc on_lse = io.grad_lse.data == nullptr ? Acc(0) : io.grad_lse.at(outer, inner);
     io.grad_grad_loss.at(outer, inner) = row.counted ? slope * mean_v - h_v : Acc(0);
     io.grad_grad_lse.at(outer, inner) = mean_v;
 
-    const Acc c_over_sum = (upstream * slope + on_lse) / sums.exp, rest = 2 * z * upstream * mean_v / sums.exp;
+    const Acc factor = (upstream * slope + on_lse) / sums.exp, rest = 2 * z * upstream * mean_v / sums.exp;
     const Row target = writable_row_at(io.grad_logits, outer, inner);
-    for_chunks(n_chunks, in_parallel, [&](int64_t c) {
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
       const int64_t begin = c * kChunk, count = chunk_size(in.classes, begin);
-      const Acc* e = exponentials(row, c, sums);
-      const Acc* values = vector(v, begin, count);
-      Acc* block = scratch_of<Acc>(Scratch::Gradient, kBlock);
+      const Acc* e = exponentials(row, c, sums, w);
+      const Acc* values = vector(v, c);
       for (int64_t first = 0; first < count; first += kBlock) {
         const int64_t n = count - first < kBlock ? count - first : kBlock;
         for (int64_t i = 0; i < n; ++i) {
-          block[i] = e[first + i] * (c_over_sum * (values[first + i] - mean_v) + rest);
+          w.gradient[i] = e[first + i] * (factor * (values[first + i] - mean_v) + rest);
         }
-        store_row(block, target, begin + first, n);
+        store_row(w.gradient, target, begin + first, n);
       }
     });
   }
 
  private:
-  const Acc* exponentials(const LabelledRow<base, Acc>& row, int64_t chunk, const Sums<Acc>& sums) const {
-    Acc* result = exponentials_of(in);
-    if (in.classes > kChunk) { // another chunk's have replaced them
-      row.exponentials(chunk * kChunk, sums.max, result);
+  // The chunk's exp(x - max), which are still there where the row has no other chunk.
+  const Acc* exponentials(const Row_& row, int64_t chunk, const Sums<Acc>& sums, const Workspace<Acc>& work) const {
+    if (in.classes > kChunk) {
+      row.exponentials(chunk * kChunk, sums.max, work);
     }
-    return result;
+    return work.exponentials;
   }
 
-  static const Acc* vector(const ConstRow& v, int64_t begin, int64_t count) {
-    return load_row(v, begin, count, scratch_of<Acc>(Scratch::Vector, count));
+  const Acc* vector(const ConstRow& v, int64_t chunk) const {
+    const int64_t count = chunk_size(in.classes, chunk * kChunk);
+    return load_row(v, chunk * kChunk, count, scratch_of<Acc>(Scratch::Vector, count));
+  }
+
+  // What the entries of H add to <H, v>.
+  Acc entries_dot(const Row_& row, const ConstRow& v) const {
+    Acc total = 0;
+    for (int64_t i = 0; row.counted && i < row.h.entries.count; ++i) {
+      const int64_t k = row.h.entries.col[i];
+      Acc buffer = 0;
+      total += (row.h.entries.value[i] - row.base_at(k)) * *load_row(v, k, 1, &buffer);
+    }
+    return total;
   }
 };
 
@@ -269,12 +311,14 @@ struct DoubleBackwardKernel {
 
 template <typename Acc>
 void backward_matrix(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainBackwardMatrix<Acc>& io) {
-  for_rows(in, [&](int64_t outer, int64_t inner, bool in_parallel) {
+  for_rows(in, [&](int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) {
     const LabelledRow<Base::Zero, Acc> row(in, outer, inner);
     const int64_t n_chunks = chunks_of(in.classes);
     auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
-    for_chunks(n_chunks, in_parallel, [&](int64_t c) { chunks[c] = row.chunk_sums(c * kChunk, exponentials_of(in)); });
-    const Sums<Acc> sums = row.combine(chunks, n_chunks);
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
+      chunks[c] = row.chunk_sums(c * kChunk, w, row.nothing_ahead());
+    });
+    const Sums<Acc> sums = row.combine(chunks, n_chunks, work);
     io.max[outer * in.inner + inner] = sums.max;
     io.log_sum[outer * in.inner + inner] = std::log(sums.exp);
   });

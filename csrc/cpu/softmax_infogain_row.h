@@ -24,6 +24,42 @@ inline namespace CPU_CAPABILITY {
 constexpr int64_t kChunk = 32768; // classes summed at once: exponentials and logits of a chunk fit a 256 KB L2 cache
 constexpr int64_t kBlock = 2048; // classes whose gradient is built in L1 before it is written
 
+inline int64_t chunks_of(int64_t classes) { return (classes + kChunk - 1) / kChunk; }
+inline int64_t chunk_size(int64_t classes, int64_t begin) { return classes - begin < kChunk ? classes - begin : kChunk; }
+
+// The calling thread's buffers, fetched once for many rows.
+template <typename Acc>
+struct Workspace {
+  Acc *logits, *matrix, *exponentials, *gradient;
+
+  explicit Workspace(int64_t classes)
+      : logits(scratch_of<Acc>(Scratch::Logits, chunk_size(classes, 0))),
+        matrix(scratch_of<Acc>(Scratch::Matrix, chunk_size(classes, 0))),
+        exponentials(scratch_of<Acc>(Scratch::Exponentials, chunk_size(classes, 0))),
+        gradient(scratch_of<Acc>(Scratch::Gradient, kBlock)) {}
+};
+
+// Memory that will be needed after the present pass, to be fetched while it computes: the next row of logits and of H,
+// and the row that the gradient goes to. 4.6 -> 3.9 ms at (8192, 1000) on one thread.
+struct Ahead {
+  struct Stream {
+    const char* data;
+    int64_t element_size; // 0: nothing to fetch
+
+    const char* at(int64_t element) const { return data + element * element_size; }
+  };
+  Stream logits, matrix, gradient;
+
+  template <bool with_matrix>
+  void prefetch(int64_t element) const {
+    __builtin_prefetch(logits.at(element), 0);
+    __builtin_prefetch(gradient.at(element), 1);
+    if constexpr (with_matrix) {
+      __builtin_prefetch(matrix.at(element), 0);
+    }
+  }
+};
+
 // What H is outside its diagonal and its stored values.
 enum class Base { Zero, Constant, Dense };
 
@@ -97,6 +133,14 @@ inline void row_of_h(const InfogainView& h, int64_t label, RowOfH<Acc>& row) {
 // Passes over contiguous elements
 // ---------------------------------------------------------------------------------------------------------------------
 
+// `inside` in the first n lanes, `outside` in the others. (Vectorized::set is a call, for which the compiler keeps every
+// constant of the surrounding loop in memory: 8 loads for each vector.)
+template <typename Acc>
+inline Vectorized<Acc> first_lanes(int64_t n, Vectorized<Acc> inside, Vectorized<Acc> outside) {
+  using Vec = Vectorized<Acc>;
+  return Vec::blendv(outside, inside, Vec::arange(Acc(0), Acc(1)) < Vec(static_cast<Acc>(n)));
+}
+
 template <typename Acc>
 inline Acc sum_of_lanes(Vectorized<Acc> lanes) {
   using Vec = Vectorized<Acc>;
@@ -121,7 +165,7 @@ inline Acc max_of(const Acc* x, int64_t count) {
     m0 = at::vec::clamp_min(m0, Vec::loadu(x + i));
   }
   if (i < count) {
-    m1 = at::vec::clamp_min(m1, Vec::set(lowest, Vec::loadu(x + i, count - i), count - i));
+    m1 = at::vec::clamp_min(m1, first_lanes(count - i, Vec::loadu(x + i, count - i), lowest));
   }
   m0 = at::vec::clamp_min(at::vec::clamp_min(m0, m1), at::vec::clamp_min(m2, m3));
   return at::vec::vec_reduce_all<Acc>([](Vec a, Vec b) { return at::vec::clamp_min(a, b); }, m0);
@@ -145,7 +189,8 @@ inline Vectorized<Acc> accumulate(
 
 // exponentials[i] = exp(x[i] - shift), and the sums. For Base::Constant, dot and mass leave the constant out.
 template <Base base, typename Acc>
-inline Sums<Acc> sum_exponentials(const Acc* x, const Acc* h, int64_t count, Acc shift, Acc* exponentials) {
+inline Sums<Acc> sum_exponentials(
+    const Acc* x, const Acc* h, int64_t count, Acc shift, Acc* exponentials, const Ahead& ahead) {
   using Vec = Vectorized<Acc>;
   constexpr int64_t V = Vec::size();
   const Vec zero(Acc(0)), s(shift);
@@ -156,20 +201,20 @@ inline Sums<Acc> sum_exponentials(const Acc* x, const Acc* h, int64_t count, Acc
       h0 = Vec::loadu(h + i);
       h1 = Vec::loadu(h + i + V);
     }
+    ahead.prefetch<base == Base::Dense>(i);
+    ahead.prefetch<base == Base::Dense>(i + V);
     accumulate<base>(Vec::loadu(x + i) - s, h0, exp0, dot0, mass0).store(exponentials + i);
     accumulate<base>(Vec::loadu(x + i + V) - s, h1, exp1, dot1, mass1).store(exponentials + i + V);
   }
   for (; i < count; i += V) {
     const int64_t n = count - i < V ? count - i : V;
-    Vec d = Vec::loadu(x + i, n) - s;
+    const Vec d = first_lanes(n, Vec::loadu(x + i, n) - s, zero);
     if constexpr (base == Base::Dense) {
       h0 = Vec::loadu(h + i, n); // 0 beyond the end
     }
-    Vec exp = zero, dot = zero, mass = zero;
-    accumulate<base>(Vec::set(zero, d, n), h0, exp, dot, mass).store(exponentials + i, n);
-    exp0 = exp0 + Vec::set(zero, exp, n);
-    dot0 = dot0 + dot;
-    mass0 = mass0 + mass;
+    Vec exp = zero;
+    accumulate<base>(d, h0, exp, dot0, mass0).store(exponentials + i, n);
+    exp0 = exp0 + first_lanes(n, exp, zero);
   }
   Sums<Acc> sums;
   sums.max = shift;
@@ -273,9 +318,6 @@ inline bool is_counted(const SoftmaxInfogainInput<Acc>& in, int64_t outer, int64
   return true;
 }
 
-inline int64_t chunks_of(int64_t classes) { return (classes + kChunk - 1) / kChunk; }
-inline int64_t chunk_size(int64_t classes, int64_t begin) { return classes - begin < kChunk ? classes - begin : kChunk; }
-
 // A row of logits with its row of H; what the passes below share.
 template <Base base, typename Acc>
 struct LabelledRow {
@@ -293,15 +335,8 @@ struct LabelledRow {
     }
   }
 
-  const Acc* logits(int64_t begin, int64_t count) const {
-    return load_row(x, begin, count, scratch_of<Acc>(Scratch::Logits, count));
-  }
-
-  const Acc* dense(int64_t begin, int64_t count) const {
-    if (base != Base::Dense || !counted) {
-      return nullptr;
-    }
-    return load_row(h.dense, begin, count, scratch_of<Acc>(Scratch::Matrix, count));
+  const Acc* dense(int64_t begin, int64_t count, const Workspace<Acc>& work) const {
+    return base == Base::Dense && counted ? load_row(h.dense, begin, count, work.matrix) : nullptr;
   }
 
   Acc logit(int64_t k) const {
@@ -317,35 +352,38 @@ struct LabelledRow {
     return base == Base::Constant ? h.background : Acc(0);
   }
 
-  // exp(x - shift) of the chunk at `begin`.
-  void exponentials(int64_t begin, Acc shift, Acc* result) const {
+  // work.exponentials = exp(x - shift) for the chunk at `begin`.
+  void exponentials(int64_t begin, Acc shift, const Workspace<Acc>& work) const {
     const int64_t count = chunk_size(classes, begin);
-    sum_exponentials<Base::Zero, Acc>(logits(begin, count), nullptr, count, shift, result);
+    const Acc* values = load_row(x, begin, count, work.logits);
+    sum_exponentials<Base::Zero, Acc>(values, nullptr, count, shift, work.exponentials, nothing_ahead());
   }
 
   // <H, v> over the chunk at `begin`, for v = values; entries left out.
-  Acc dot_with_base(int64_t begin, const Acc* values) const {
+  Acc dot_with_base(int64_t begin, const Acc* values, const Workspace<Acc>& work) const {
     const int64_t count = chunk_size(classes, begin);
     if (!counted || base == Base::Zero) {
       return 0;
     }
-    return base == Base::Dense ? dot(dense(begin, count), values, count) : h.background * sum(values, count);
+    return base == Base::Dense ? dot(dense(begin, count, work), values, count) : h.background * sum(values, count);
   }
 
-  // Exponentials of the chunk at `begin` against its own maximum, and its sums.
-  Sums<Acc> chunk_sums(int64_t begin, Acc* exponentials) const {
+  // The sums of the chunk at `begin`; work.exponentials are then those of the chunk against its own maximum.
+  Sums<Acc> chunk_sums(int64_t begin, const Workspace<Acc>& work, const Ahead& ahead) const {
     const int64_t count = chunk_size(classes, begin);
-    const Acc* values = logits(begin, count);
+    const Acc* values = load_row(x, begin, count, work.logits);
     const Acc max = max_of(values, count);
     const Acc shift = max == -std::numeric_limits<Acc>::infinity() ? Acc(0) : max; // exp(-inf - 0) = 0, not NaN
     if (!counted) {
-      return sum_exponentials<Base::Zero, Acc>(values, nullptr, count, shift, exponentials);
+      return sum_exponentials<Base::Zero, Acc>(values, nullptr, count, shift, work.exponentials, ahead);
     }
-    return sum_exponentials<base>(values, dense(begin, count), count, shift, exponentials);
+    return sum_exponentials<base>(values, dense(begin, count, work), count, shift, work.exponentials, ahead);
   }
 
+  Ahead nothing_ahead() const { return {{x.data, 0}, {x.data, 0}, {x.data, 0}}; }
+
   // The sums of the whole row from those of its chunks. A row of only -inf gives max = -inf and exp = NaN.
-  Sums<Acc> combine(const Sums<Acc>* chunks, int64_t n_chunks) const {
+  Sums<Acc> combine(const Sums<Acc>* chunks, int64_t n_chunks, const Workspace<Acc>& work) const {
     Sums<Acc> row;
     row.max = -std::numeric_limits<Acc>::infinity();
     bool any = false;
@@ -362,18 +400,18 @@ struct LabelledRow {
     for (int64_t c = 0; c < n_chunks; ++c) {
       const Acc moved = chunks[c].max - row.max;
       if (chunks[c].exp != 0) {
-        row.exp += chunks[c].exp * std::exp(moved);
+        row.exp += moved == 0 ? chunks[c].exp : chunks[c].exp * std::exp(moved);
       }
       row.dot += chunks[c].dot + chunks[c].mass * moved;
       row.mass += chunks[c].mass;
     }
     if (counted) {
-      add_background_and_entries(row);
+      add_background_and_entries(row, work);
     }
     return row;
   }
 
-  void add_background_and_entries(Sums<Acc>& row) const {
+  void add_background_and_entries(Sums<Acc>& row, const Workspace<Acc>& work) const {
     if constexpr (base == Base::Constant) {
       row.dot *= h.background;
       row.mass *= h.background;
@@ -385,17 +423,17 @@ struct LabelledRow {
       row.mass += extra;
     }
     if (std::isnan(row.dot) && !std::isnan(row.exp)) {
-      row.dot = careful_dot(row.max); // 0 * (-inf) has to be 0
+      row.dot = careful_dot(row.max, work); // 0 * (-inf) has to be 0
     }
   }
 
-  Acc careful_dot(Acc max) const {
+  Acc careful_dot(Acc max, const Workspace<Acc>& work) const {
     Acc dot = 0;
     int64_t next = 0;
     for (int64_t begin = 0; begin < classes; begin += kChunk) {
       const int64_t count = chunk_size(classes, begin);
-      const Acc* values = logits(begin, count);
-      const Acc* row = dense(begin, count);
+      const Acc* values = load_row(x, begin, count, work.logits);
+      const Acc* row = dense(begin, count, work);
       for (int64_t k = begin; k < begin + count; ++k) {
         Acc weight = base == Base::Dense ? row[k - begin] : base == Base::Constant ? h.background : Acc(0);
         if (next < h.entries.count && h.entries.col[next] == k) {
@@ -409,9 +447,9 @@ struct LabelledRow {
     return dot;
   }
 
-  Acc log_sum_exp(const Sums<Acc>& sums) const {
+  Acc log_sum_exp(const Sums<Acc>& sums, Acc log_sum) const {
     if (!std::isinf(sums.max)) {
-      return sums.max + std::log(sums.exp);
+      return sums.max + log_sum;
     }
     for (int64_t k = 0; k < classes; ++k) {
       if (std::isnan(logit(k))) {
@@ -421,17 +459,18 @@ struct LabelledRow {
     return sums.max;
   }
 
-  // Builds p_factor * exponentials - h_factor * H for the chunk at `begin`, in blocks of which `sink` gets
+  // Builds p_factor * work.exponentials - h_factor * H for the chunk at `begin`, in blocks of which `sink` gets
   // (values, first class, count). `place` gives each block the memory to be built in.
   template <typename Place, typename Sink>
   void gradient(
-      int64_t begin, const Acc* exponentials, Acc p_factor, Acc h_factor, const Place& place, const Sink& sink) const {
+      int64_t begin, Acc p_factor, Acc h_factor, const Workspace<Acc>& work, const Place& place, const Sink& sink)
+      const {
     const int64_t end = begin + chunk_size(classes, begin);
-    const Acc* row = dense(begin, end - begin);
+    const Acc* row = dense(begin, end - begin, work);
     int64_t next = 0;
     for (int64_t first = begin; first < end; first += kBlock) {
       const int64_t count = end - first < kBlock ? end - first : kBlock;
-      const Acc* e = exponentials + (first - begin);
+      const Acc* e = work.exponentials + (first - begin);
       Acc* g = place(first);
       if (!counted) {
         gradient_of<Base::Zero, Acc>(e, nullptr, 0, count, p_factor, h_factor, g);
