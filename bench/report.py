@@ -1,0 +1,59 @@
+"""The report on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bench.goals import Verdict, judge
+from bench.results import Row, by_workload, medians
+from bench.workloads import Workload
+
+_BUSY = 0.1  # cores that others keep busy: at 1 of 2, threads wait for each other and times are multiples of 4 ms
+_HEADER = f"{'':10}{'median ms':>11}{'p20':>9}{'p80':>9}{'x floor':>9}{'x copy':>8}{'ours is':>15}{'error':>10}"
+
+
+def report(run: list[Row], workloads: Iterable[Workload]) -> str:
+    """Every time of a run, and under each workload its goals."""
+    first, measured = run[0], by_workload(run)
+    lines = [
+        f"{first.cpu}, {first.threads} threads, {first.isa}; torch {first.torch}; lgd_kernels {first.lgd_kernels} "
+        f"({first.backend}) at {first.commit}; GEMM {first.gemm_gflop_per_s:.0f} GFLOP/s"
+    ]
+    for workload in workloads:
+        lines += ["", *_workload_lines(workload, measured[workload.name])]
+    return "\n".join([*lines, "", summary(run, workloads)])
+
+
+def _workload_lines(workload: Workload, peers: dict[str, Row]) -> list[str]:
+    copy = peers["copy"]
+    title = f"{workload.label}   floor {copy.floor_ms:.3g} ms at a copy rate of {copy.copy_gb_per_s:.1f} GB/s"
+    verdicts = judge(workload.goals, medians(peers))
+    return [title, _HEADER, *(_peer_line(row, peers) for row in peers.values()), *map(_goal_line, verdicts)]
+
+
+def _peer_line(row: Row, peers: dict[str, Row]) -> str:
+    if row.median_ms is None:
+        return f"  {row.peer:8} {row.status}"
+    ours, copy = peers["ours"].median_ms, peers["copy"].median_ms
+    faster = "" if row.peer == "ours" or ours is None else f"{row.median_ms / ours:.2f}x as fast"
+    return (
+        f"  {row.peer:8}{row.median_ms:11.4g}{row.p20_ms:9.4g}{row.p80_ms:9.4g}{row.ratio_to_floor:9.2f}"
+        f"{row.median_ms / copy:8.2f}{faster:>15}{row.error:10.1e}"
+    )
+
+
+def _goal_line(verdict: Verdict) -> str:
+    ratio = "" if verdict.ratio is None else f": {verdict.ratio:.2f}"
+    return f"  goal {verdict.word:13} {verdict.goal}{ratio}"
+
+
+def summary(run: list[Row], workloads: Iterable[Workload]) -> str:
+    """How many goals are met, which peers are not timed, and whether the machine was busy."""
+    measured = by_workload(run)
+    verdicts = [v for workload in workloads for v in judge(workload.goals, medians(measured[workload.name]))]
+    lines = [f"{sum(verdict.met is True for verdict in verdicts)} of {len(verdicts)} goals met"] if verdicts else []
+    lines += [f"not timed: {row.peer} on {row.workload}: {row.status}" for row in run if row.median_ms is None]
+    others = max(row.other_cores or 0.0 for row in run)
+    if others > _BUSY:
+        lines.append(f"DO NOT TRUST THESE TIMES: other processes kept up to {others:.1f} cores busy")
+    return "\n".join(lines)
