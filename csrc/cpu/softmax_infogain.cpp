@@ -11,8 +11,6 @@ namespace lgd {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 16384; // elements that are worth a thread
-
 // body(chunk, workspace) for every chunk of a row: on all threads, or on this one with its `own` workspace.
 template <typename Acc, typename Body>
 void for_chunks(int64_t classes, bool in_parallel, const Workspace<Acc>& own, const Body& body) {
@@ -296,10 +294,10 @@ struct DoubleBackwardKernel {
   // What the entries of H add to <H, v>.
   Acc entries_dot(const Row_& row, const ConstRow& v) const {
     Acc total = 0;
-    for (int64_t i = 0; row.counted && i < row.h.entries.count; ++i) {
-      const int64_t k = row.h.entries.col[i];
+    for (int64_t i = 0; row.counted && i < row.entries.count; ++i) {
+      const int64_t k = row.entries.col[i];
       Acc buffer = 0;
-      total += (row.h.entries.value[i] - row.base_at(k)) * *load_row(v, k, 1, &buffer);
+      total += (row.entries.value[i] - row.base_at(k)) * *load_row(v, k, 1, &buffer);
     }
     return total;
   }

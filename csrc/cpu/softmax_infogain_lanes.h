@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "parallel.h"
@@ -17,8 +16,9 @@
 namespace lgd {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kShortRow = 64;      // contiguous rows up to this length go by lanes
+constexpr int64_t kShortRow = 64;        // contiguous rows up to this length go by lanes
 constexpr int64_t kLongestColumn = 2048; // rows with another stride do up to this length: the tiles stay in L2
+constexpr int64_t kColumnBlock = 64;     // classes added up before they join the total, for accuracy
 
 // Depends on the shape and stride of a row alone, never on how many there are.
 template <typename Acc>
@@ -26,88 +26,90 @@ inline bool goes_by_lanes(const SoftmaxInfogainInput<Acc>& in) {
   return in.classes > 0 && in.classes <= (in.logits.class_stride == 1 ? kShortRow : kLongestColumn);
 }
 
-// `active` rows of one tensor, one per lane.
+// `active` rows of one tensor, one per lane, and their transfer from and to tiles with tile[c * V + lane].
 template <typename Acc>
 struct LaneRows {
-  static constexpr int64_t V = Vectorized<Acc>::size();
-  ConstRow first;      // the row of lane 0
+  using Vec = Vectorized<Acc>;
+  static constexpr int64_t V = Vec::size();
+  Row first;           // the row of lane 0
   int64_t lane_stride; // in elements, between the rows of neighbouring lanes
   int64_t active;
 
-  const char* lane(int64_t i) const { return first.data + i * lane_stride * element_size(first.dtype); }
+  bool classes_contiguous() const { return first.dtype == dtype_of<Acc>() && first.stride == 1; }
+  bool lanes_contiguous() const { return lane_stride == 1; }
 
-  // tile[c * V + lane] for all classes; lanes beyond the active ones get some finite or loaded value.
+  Row row(int64_t lane) const { return {first.data + lane * lane_stride * element_size(first.dtype), first.dtype, first.stride}; }
+  Acc* elements(int64_t lane, int64_t c) const {
+    return reinterpret_cast<Acc*>(first.data) + (lane < active ? lane : 0) * lane_stride + c;
+  }
+
   void load(int64_t classes, Acc* tile) const {
-    if (lane_stride == 1 && first.stride != 1) {
+    if (classes_contiguous()) {
+      load_transposed(classes, tile, [&](int64_t lane, int64_t c, int64_t n) { return Vec::loadu(elements(lane, c), n); });
+    } else if (lanes_contiguous()) {
       for (int64_t c = 0; c < classes; ++c) {
-        load_lanes(c, tile + c * V);
+        load_piece({element(first, c), first.dtype, 1}, 0, active).store(tile + c * V);
       }
-      return;
-    }
-    Acc square[V * V] __attribute__((aligned(64))) = {};
-    for (int64_t c = 0; c < classes; c += V) {
-      const int64_t n = classes - c < V ? classes - c : V;
-      for (int64_t i = 0; i < active; ++i) {
-        load_piece({lane(i), first.dtype, first.stride}, c, n, square + i * V);
-      }
-      transpose_tile(square);
-      std::memcpy(tile + c * V, square, n * V * sizeof(Acc));
+    } else {
+      load_transposed(classes, tile, [&](int64_t lane, int64_t c, int64_t n) {
+        const Row source = row(lane < active ? lane : 0);
+        return load_piece({source.data, source.dtype, source.stride}, c, n);
+      });
     }
   }
 
   void store(int64_t classes, const Acc* tile) const {
-    const auto row = [&](int64_t i) { return Row{const_cast<char*>(lane(i)), first.dtype, first.stride}; };
-    if (lane_stride == 1 && first.stride != 1) {
+    if (classes_contiguous()) {
+      store_transposed(
+          classes, tile, [&](int64_t lane, int64_t c, int64_t n, Vec v) { v.store(elements(lane, c), n); });
+    } else if (lanes_contiguous()) {
       for (int64_t c = 0; c < classes; ++c) {
-        const Row across{element(row(0), c), first.dtype, 1};
-        store_piece(tile + c * V, across, 0, active);
+        store_row(tile + c * V, {element(first, c), first.dtype, 1}, 0, active);
       }
-      return;
+    } else {
+      store_transposed(classes, tile, [&](int64_t lane, int64_t c, int64_t n, Vec v) {
+        Acc piece[V];
+        v.store(piece);
+        store_row(piece, row(lane), c, n);
+      });
     }
-    Acc square[V * V] __attribute__((aligned(64)));
+  }
+
+  // Up to V elements of a row of any dtype and stride, then zeros.
+  static Vec load_piece(const ConstRow& row, int64_t begin, int64_t count) {
+    Acc buffer[V];
+    return Vec::loadu(load_row(row, begin, count, buffer), count);
+  }
+
+  // tile[c * V + lane] from load_one(lane, first class, number of classes).
+  template <typename LoadOne>
+  static void load_transposed(int64_t classes, Acc* tile, const LoadOne& load_one) {
     for (int64_t c = 0; c < classes; c += V) {
       const int64_t n = classes - c < V ? classes - c : V;
-      std::memcpy(square, tile + c * V, n * V * sizeof(Acc));
-      transpose_tile(square);
-      for (int64_t i = 0; i < active; ++i) {
-        store_piece(square + i * V, row(i), c, n);
-      }
-    }
-  }
-
-  // Up to V elements of a row.
-  static void load_piece(const ConstRow& row, int64_t begin, int64_t count, Acc* target) {
-    const Acc* source = load_row(row, begin, count, target);
-    if (source != target) {
-      Vectorized<Acc>::loadu(source, count).store(target);
-    }
-  }
-
-  static void store_piece(const Acc* source, const Row& row, int64_t begin, int64_t count) {
-    if (row.dtype == dtype_of<Acc>() && row.stride == 1) {
-      Vectorized<Acc>::loadu(source).store(reinterpret_cast<Acc*>(row.data) + begin, count);
-    } else {
-      store_row(source, row, begin, count);
+      transpose_tile<Acc>(
+          n, [&](int lane) { return load_one(lane, c, n); },
+          [&](int j, Vec column) { column.store(tile + (c + j) * V); });
     }
   }
 
  private:
-  void load_lanes(int64_t c, Acc* target) const {
-    load_piece({first.data + c * first.stride * element_size(first.dtype), first.dtype, 1}, 0, active, target);
+  template <typename StoreOne>
+  void store_transposed(int64_t classes, const Acc* tile, const StoreOne& store_one) const {
+    for (int64_t c = 0; c < classes; c += V) {
+      const int64_t n = classes - c < V ? classes - c : V;
+      transpose_tile<Acc>(
+          active, [&](int j) { return Vec::loadu(tile + (c + (j < n ? j : 0)) * V); },
+          [&](int lane, Vec v) { store_one(lane, c, n, v); });
+    }
   }
 };
 
 // V neighbouring rows.
 template <Base base, typename Acc>
-struct LaneKernel {
+class LaneKernel {
+ public:
   using Vec = Vectorized<Acc>;
   static constexpr int64_t V = Vec::size();
-
-  const SoftmaxInfogainInput<Acc>& in;
-  const SoftmaxInfogainOutput<Acc>& out;
-  Acc* x;           // (C, V) logits, later the gradient
-  Acc* exponential; // (C, V)
-  Acc* matrix;      // (C, V) rows of H
 
   LaneKernel(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out)
       : in(in),
@@ -117,188 +119,176 @@ struct LaneKernel {
         matrix(base == Base::Dense ? scratch_of<Acc>(Scratch::Matrix, in.classes * V) : nullptr) {}
 
   // The rows (outer, inner) onwards: along the inner axis where there is one, else along the outer.
-  void operator()(int64_t outer, int64_t inner, int64_t active) {
-    Lanes lanes(in, out, outer, inner, active);
-    for (int64_t i = 0; i < active; ++i) {
-      lanes.read(i);
-    }
-    if (out.made_for.data != nullptr && lanes.all_made()) {
+  void operator()(int64_t first_outer, int64_t first_inner, int64_t n_rows) {
+    outer = first_outer;
+    inner = first_inner;
+    active = n_rows;
+    read_rows();
+    if (out.made_for.data != nullptr && all_made()) {
       return;
     }
-    lanes.rows_of(in.logits).load(in.classes, x);
+    rows_of(in.logits).load(in.classes, x);
     if constexpr (base == Base::Dense) {
-      load_matrix(lanes);
+      load_matrix();
     }
-    sum(lanes);
+    sum();
     for (int64_t i = 0; i < active; ++i) {
-      add_entries(lanes, i);
+      if (counted[i]) {
+        add_entries(i);
+      }
     }
-    finish(lanes);
+    write_loss();
     if (out.norm.data != nullptr) {
-      write_norm(lanes);
+      write_norm();
     }
     if (out.grad.data != nullptr) {
-      gradient(lanes, lanes.p_factor, lanes.h_factor);
-      lanes.rows_of(out.grad).store(in.classes, x);
+      write_gradient();
     }
   }
 
  private:
-  // What is known of each lane's row.
-  struct Lanes {
-    const SoftmaxInfogainInput<Acc>& in;
-    const SoftmaxInfogainOutput<Acc>& out;
-    int64_t outer, inner, active;
-    int64_t label[V];
-    bool counted[V];
-    RowOfH<Acc> h[V];
-    Acc max[V], exp[V], dot[V], mass[V], log_sum[V];
-    Acc upstream[V] = {}, on_lse[V] = {}, slope[V] = {}, p_factor[V] = {}, h_factor[V] = {};
+  template <typename T>
+  T& at(const PerRow<T>& values, int64_t i) const {
+    return in.inner == 1 ? values.at(outer + i, 0) : values.at(outer, inner + i);
+  }
 
-    Lanes(
-        const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out, int64_t outer, int64_t inner,
-        int64_t active)
-        : in(in), out(out), outer(outer), inner(inner), active(active) {}
+  LaneRows<Acc> rows_of(const Rows& rows) const {
+    return {writable_row_at(rows, outer, inner), in.inner == 1 ? rows.outer_stride : rows.inner_stride, active};
+  }
 
-    template <typename T>
-    T& at(const PerRow<T>& values, int64_t i) const {
-      return in.inner == 1 ? values.at(outer + i, 0) : values.at(outer, inner + i);
-    }
-
-    LaneRows<Acc> rows_of(const Rows& rows) const {
-      return {row_at(rows, outer, inner), in.inner == 1 ? rows.outer_stride : rows.inner_stride, active};
-    }
-
-    void read(int64_t i) {
+  void read_rows() {
+    for (int64_t i = 0; i < active; ++i) {
       label[i] = at(in.labels, i);
       counted[i] = in.inner == 1 ? is_counted(in, outer + i, 0, label[i]) : is_counted(in, outer, inner + i, label[i]);
-      if (counted[i]) {
-        row_of_h(in.infogain, label[i], h[i]);
-      }
       upstream[i] = counted[i] && out.grad_loss.data != nullptr ? at(out.grad_loss, i) : Acc(0);
       on_lse[i] = out.grad_lse.data != nullptr ? at(out.grad_lse, i) : Acc(0);
     }
-
-    bool all_made() const {
-      for (int64_t i = 0; i < active; ++i) {
-        if (on_lse[i] != 0 || !(at(out.grad_loss, i) == at(out.made_for, i))) {
-          return false;
-        }
-      }
-      return true;
-    }
-  };
-
-  void load_matrix(const Lanes& lanes) {
-    Acc square[V * V] __attribute__((aligned(64))) = {};
-    for (int64_t c = 0; c < in.classes; c += V) {
-      const int64_t n = in.classes - c < V ? in.classes - c : V;
-      for (int64_t i = 0; i < lanes.active; ++i) {
-        if (lanes.counted[i]) {
-          LaneRows<Acc>::load_piece(lanes.h[i].dense, c, n, square + i * V);
-        }
-      }
-      transpose_tile(square);
-      std::memcpy(matrix + c * V, square, n * V * sizeof(Acc));
-    }
   }
 
-  // Maximum, sums and exponentials of all lanes.
-  void sum(Lanes& lanes) {
-    Vec max = Vec::loadu(x);
+  bool all_made() const {
+    for (int64_t i = 0; i < active; ++i) {
+      if (on_lse[i] != 0 || !(at(out.grad_loss, i) == at(out.made_for, i))) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  void load_matrix() {
+    LaneRows<Acc>::load_transposed(in.classes, matrix, [&](int64_t lane, int64_t c, int64_t n) {
+      if (lane >= active || !counted[lane]) {
+        return Vec(Acc(0));
+      }
+      return LaneRows<Acc>::load_piece(dense_row_of_h(in.infogain, label[lane]), c, n);
+    });
+  }
+
+  // Maximum, exponentials and sums of all lanes.
+  void sum() {
+    Vec m = Vec::loadu(x);
     for (int64_t c = 1; c < in.classes; ++c) {
-      max = at::vec::clamp_min(max, Vec::loadu(x + c * V));
+      m = at::vec::clamp_min(m, Vec::loadu(x + c * V));
     }
     const Vec zero(Acc(0));
-    Vec exp = zero, dot = zero, mass = zero, h = zero;
-    for (int64_t c = 0; c < in.classes; ++c) {
-      if constexpr (base == Base::Dense) {
-        h = Vec::loadu(matrix + c * V);
+    Vec exp_total = zero, dot_total = zero, mass_total = zero, h = zero;
+    for (int64_t first = 0; first < in.classes; first += kColumnBlock) {
+      const int64_t end = in.classes - first < kColumnBlock ? in.classes : first + kColumnBlock;
+      Vec e = zero, d = zero, w = zero;
+      for (int64_t c = first; c < end; ++c) {
+        if constexpr (base == Base::Dense) {
+          h = Vec::loadu(matrix + c * V);
+        }
+        accumulate<base>(Vec::loadu(x + c * V) - m, h, e, d, w).store(exponential + c * V);
       }
-      accumulate<base>(Vec::loadu(x + c * V) - max, h, exp, dot, mass).store(exponential + c * V);
+      exp_total = exp_total + e;
+      dot_total = dot_total + d;
+      mass_total = mass_total + w;
     }
     if constexpr (base == Base::Constant) {
-      dot = dot * Vec(static_cast<Acc>(in.infogain.background));
-      mass = Vec(static_cast<Acc>(in.infogain.background) * in.classes);
+      const Vec background(static_cast<Acc>(in.infogain.background));
+      dot_total = dot_total * background;
+      mass_total = background * Vec(static_cast<Acc>(in.classes));
     }
-    max.store(lanes.max);
-    exp.store(lanes.exp);
-    dot.store(lanes.dot);
-    mass.store(lanes.mass);
-    log_at_least_one(exp).store(lanes.log_sum);
+    m.store(max);
+    exp_total.store(exp);
+    dot_total.store(dot);
+    mass_total.store(mass);
+    log_at_least_one(exp_total).store(log_sum);
   }
 
-  Acc base_at(const Lanes& lanes, int64_t i, int64_t k) const {
-    return base == Base::Dense ? matrix[k * V + i] : base == Base::Constant ? lanes.h[i].background : Acc(0);
+  Acc base_at(int64_t i, int64_t k) const {
+    return base == Base::Dense ? matrix[k * V + i] : static_cast<Acc>(in.infogain.background);
   }
 
-  void add_entries(Lanes& lanes, int64_t i) const {
-    if (!lanes.counted[i]) {
-      return;
-    }
-    const Entries<Acc>& entries = lanes.h[i].entries;
+  Entries<Acc> entries_of(int64_t i, Acc& own_value) const {
+    return entries_of_h(in.infogain, label[i], own_value, [&](int64_t k) { return base_at(i, k); }, &label[i]);
+  }
+
+  void add_entries(int64_t i) {
+    Acc own_value = 0;
+    const Entries<Acc> entries = entries_of(i, own_value);
     for (int64_t j = 0; j < entries.count; ++j) {
       const int64_t k = entries.col[j];
-      const Acc extra = entries.value[j] - base_at(lanes, i, k);
-      lanes.dot[i] += extra * (x[k * V + i] - lanes.max[i]);
-      lanes.mass[i] += extra;
+      const Acc extra = entries.value[j] - base_at(i, k);
+      dot[i] += extra * (x[k * V + i] - max[i]);
+      mass[i] += extra;
     }
-    if (std::isnan(lanes.dot[i]) && !std::isnan(lanes.exp[i])) {
-      lanes.dot[i] = careful_dot(lanes, i);
+    if (std::isnan(dot[i]) && !std::isnan(exp[i])) {
+      dot[i] = careful_dot(i, entries);
     }
   }
 
-  Acc careful_dot(const Lanes& lanes, int64_t i) const { // 0 * (-inf) has to be 0
-    const Entries<Acc>& entries = lanes.h[i].entries;
-    Acc dot = 0;
+  Acc careful_dot(int64_t i, const Entries<Acc>& entries) const { // 0 * (-inf) has to be 0
+    Acc total = 0;
     int64_t next = 0;
     for (int64_t k = 0; k < in.classes; ++k) {
       const bool stored = next < entries.count && entries.col[next] == k;
-      const Acc weight = stored ? entries.value[next++] : base_at(lanes, i, k);
+      const Acc weight = stored ? entries.value[next++] : base_at(i, k);
       if (weight != 0) {
-        dot += weight * (x[k * V + i] - lanes.max[i]);
+        total += weight * (x[k * V + i] - max[i]);
       }
     }
-    return dot;
+    return total;
   }
 
-  Acc log_sum_exp(const Lanes& lanes, int64_t i) const {
-    if (!std::isinf(lanes.max[i])) {
-      return lanes.max[i] + lanes.log_sum[i];
+  Acc log_sum_exp(int64_t i) const {
+    if (!std::isinf(max[i])) {
+      return max[i] + log_sum[i];
     }
     for (int64_t k = 0; k < in.classes; ++k) {
       if (std::isnan(x[k * V + i])) {
         return std::numeric_limits<Acc>::quiet_NaN();
       }
     }
-    return lanes.max[i];
+    return max[i];
   }
 
-  // Writes loss and lse, and finds the factors of the gradient.
-  void finish(Lanes& lanes) {
+  // Writes loss and lse; leaves in `slope` the factor of p in dloss/dx, 0 for rows that do not count.
+  void write_loss() {
     const Acc z = static_cast<Acc>(in.z_loss);
-    for (int64_t i = 0; i < lanes.active; ++i) {
-      const bool counted = lanes.counted[i];
-      const Acc lse = log_sum_exp(lanes, i);
-      if (out.lse.data != nullptr) {
-        lanes.at(out.lse, i) = lse;
+    for (int64_t i = 0; i < active; ++i) {
+      Acc loss = mass[i] * log_sum[i] - dot[i];
+      slope[i] = mass[i];
+      if (z != 0 || out.lse.data != nullptr) {
+        const Acc lse = log_sum_exp(i);
+        loss += z == 0 ? Acc(0) : z * lse * lse;
+        slope[i] += z == 0 ? Acc(0) : 2 * z * lse;
+        if (out.lse.data != nullptr) {
+          at(out.lse, i) = lse;
+        }
       }
+      slope[i] = counted[i] ? slope[i] : Acc(0);
       if (out.loss.data != nullptr) {
-        const Acc penalty = z == 0 ? Acc(0) : z * lse * lse;
-        lanes.at(out.loss, i) = counted ? lanes.mass[i] * lanes.log_sum[i] - lanes.dot[i] + penalty : Acc(0);
+        at(out.loss, i) = counted[i] ? loss : Acc(0);
       }
-      lanes.slope[i] = counted ? lanes.mass[i] + (z == 0 ? Acc(0) : 2 * z * lse) : Acc(0);
-      lanes.h_factor[i] = lanes.upstream[i];
-      lanes.p_factor[i] = (lanes.upstream[i] * lanes.slope[i] + lanes.on_lse[i]) / lanes.exp[i];
     }
   }
 
-  // x = p_factor * exponential - h_factor * H, and 0 where neither the loss nor the lse of a row counts.
-  void gradient(const Lanes& lanes, const Acc* p_factor, const Acc* h_factor) {
-    const Vec p = Vec::loadu(p_factor), h = Vec::loadu(h_factor);
-    const Vec constant = h * Vec(static_cast<Acc>(-in.infogain.background)), minus_h = Vec(Acc(0)) - h;
+  // x = p_factor * exponential - h_factor * H.
+  void build_gradient(Vec p_factor, Vec h_factor) {
+    const Vec constant = h_factor * Vec(static_cast<Acc>(-in.infogain.background)), minus_h = Vec(Acc(0)) - h_factor;
     for (int64_t c = 0; c < in.classes; ++c) {
-      Vec g = Vec::loadu(exponential + c * V) * p;
+      Vec g = Vec::loadu(exponential + c * V) * p_factor;
       if constexpr (base == Base::Constant) {
         g = g + constant;
       }
@@ -307,36 +297,65 @@ struct LaneKernel {
       }
       g.store(x + c * V);
     }
-    for (int64_t i = 0; i < lanes.active; ++i) {
-      const Entries<Acc>& entries = lanes.h[i].entries;
-      for (int64_t j = 0; lanes.counted[i] && j < entries.count; ++j) {
-        const int64_t at = entries.col[j] * V + i;
-        x[at] = p_factor[i] * exponential[at] - h_factor[i] * entries.value[j];
+    Acc p[V], h[V];
+    p_factor.store(p);
+    h_factor.store(h);
+    for (int64_t i = 0; i < active; ++i) {
+      if (!counted[i]) {
+        continue;
       }
-      for (int64_t c = 0; !lanes.counted[i] && lanes.on_lse[i] == 0 && c < in.classes; ++c) {
-        x[c * V + i] = 0;
+      Acc own_value = 0;
+      const Entries<Acc> entries = entries_of(i, own_value);
+      for (int64_t j = 0; j < entries.count; ++j) {
+        const int64_t place = entries.col[j] * V + i;
+        x[place] = p[i] * exponential[place] - h[i] * entries.value[j];
       }
     }
   }
 
-  void write_norm(Lanes& lanes) {
-    Acc p_factor[V] = {}, h_factor[V] = {};
-    for (int64_t i = 0; i < lanes.active; ++i) {
-      p_factor[i] = lanes.slope[i] / lanes.exp[i];
-      h_factor[i] = lanes.counted[i] ? Acc(1) : Acc(0);
+  void write_gradient() {
+    const Vec up = Vec::loadu(upstream);
+    build_gradient(at::vec::fmadd(up, Vec::loadu(slope), Vec::loadu(on_lse)) / Vec::loadu(exp), up);
+    for (int64_t i = 0; i < active; ++i) {
+      if (!counted[i] && on_lse[i] == 0) { // not 0 * p: p may be NaN
+        for (int64_t c = 0; c < in.classes; ++c) {
+          x[c * V + i] = 0;
+        }
+      }
     }
-    gradient(lanes, p_factor, h_factor);
-    Vec squares(Acc(0));
-    for (int64_t c = 0; c < in.classes; ++c) {
-      const Vec g = Vec::loadu(x + c * V);
-      squares = at::vec::fmadd(g, g, squares);
+    rows_of(out.grad).store(in.classes, x);
+  }
+
+  void write_norm() {
+    build_gradient(Vec::loadu(slope) / Vec::loadu(exp), Vec(Acc(1)));
+    Vec total(Acc(0));
+    for (int64_t first = 0; first < in.classes; first += kColumnBlock) {
+      const int64_t end = in.classes - first < kColumnBlock ? in.classes : first + kColumnBlock;
+      Vec squares(Acc(0));
+      for (int64_t c = first; c < end; ++c) {
+        const Vec g = Vec::loadu(x + c * V);
+        squares = at::vec::fmadd(g, g, squares);
+      }
+      total = total + squares;
     }
-    Acc total[V];
-    squares.store(total);
-    for (int64_t i = 0; i < lanes.active; ++i) {
-      lanes.at(out.norm, i) = lanes.counted[i] ? std::sqrt(total[i]) : Acc(0);
+    Acc norm[V];
+    total.sqrt().store(norm);
+    for (int64_t i = 0; i < active; ++i) {
+      at(out.norm, i) = counted[i] ? norm[i] : Acc(0);
     }
   }
+
+  const SoftmaxInfogainInput<Acc>& in;
+  const SoftmaxInfogainOutput<Acc>& out;
+  Acc* x;           // (C, V) logits, later the gradient
+  Acc* exponential; // (C, V)
+  Acc* matrix;      // (C, V) rows of H
+
+  int64_t outer = 0, inner = 0, active = 0; // the first row, and how many
+  int64_t label[V] = {};
+  bool counted[V] = {};
+  Acc upstream[V] = {}, on_lse[V] = {}; // upstream gradients of loss and lse
+  Acc max[V], exp[V], dot[V], mass[V], log_sum[V], slope[V] = {};
 };
 
 template <Base base, typename Acc>
@@ -347,11 +366,11 @@ void run_by_lanes(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutp
   const auto groups = [&](int64_t begin, int64_t end) {
     LaneKernel<base, Acc> kernel(in, out);
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t start = group % per_run * V, active = length - start < V ? length - start : V;
-      kernel(in.inner == 1 ? start : group / per_run, in.inner == 1 ? 0 : start, active);
+      const int64_t start = group % per_run * V, n_rows = length - start < V ? length - start : V;
+      kernel(in.inner == 1 ? start : group / per_run, in.inner == 1 ? 0 : start, n_rows);
     }
   };
-  parallel_for(0, runs * per_run, 16384 / (in.classes * V) + 1, groups);
+  parallel_for(0, runs * per_run, kGrain / (in.classes * V) + 1, groups);
 }
 
 } // namespace CPU_CAPABILITY

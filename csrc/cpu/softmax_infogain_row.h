@@ -22,6 +22,7 @@ namespace lgd {
 inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kChunk = 32768; // classes summed at once: exponentials and logits of a chunk fit a 256 KB L2 cache
+constexpr int64_t kGrain = 16384; // elements that are worth a thread
 constexpr int64_t kBlock = 2048; // classes whose gradient is built in L1 before it is written
 
 inline int64_t chunks_of(int64_t classes) { return (classes + kChunk - 1) / kChunk; }
@@ -78,15 +79,6 @@ struct Entries {
   const int64_t* col = nullptr;
   const Acc* value = nullptr;
   int64_t count = 0;
-  int64_t own_col = 0; // storage for the one entry of a diagonal
-  Acc own_value = 0;
-};
-
-template <typename Acc>
-struct RowOfH {
-  ConstRow dense;
-  Acc background = 0;
-  Entries<Acc> entries;
 };
 
 // Call f with the base of H as a type: f(std::integral_constant<Base, ...>).
@@ -101,32 +93,24 @@ inline void with_base(const InfogainView& h, const F& f) {
   }
 }
 
-// Fills `row` for this label. Not a return value: entries may point into the row itself.
-template <typename Acc>
-inline void row_of_h(const InfogainView& h, int64_t label, RowOfH<Acc>& row) {
-  row.background = static_cast<Acc>(h.background);
-  if (h.matrix != nullptr) {
-    const char* data = static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * element_size(h.matrix_dtype);
-    row.dense = {data, h.matrix_dtype, h.matrix_class_stride};
-  }
-  Entries<Acc>& entries = row.entries;
-  entries.count = 0;
+inline ConstRow dense_row_of_h(const InfogainView& h, int64_t label) {
+  const int64_t offset = label * h.matrix_row_stride * element_size(h.matrix_dtype);
+  return {static_cast<const char*>(h.matrix) + offset, h.matrix_dtype, h.matrix_class_stride};
+}
+
+// The entries of row `label`. The one entry of a diagonal lives in the caller's `own_value` and `own_col`.
+template <typename Acc, typename BaseAt>
+inline Entries<Acc> entries_of_h(
+    const InfogainView& h, int64_t label, Acc& own_value, const BaseAt& base_at, const int64_t* own_col) {
   if (h.crow != nullptr) {
-    entries.col = h.col + h.crow[label];
-    entries.value = static_cast<const Acc*>(h.values) + h.crow[label];
-    entries.count = h.crow[label + 1] - h.crow[label];
-  } else if (h.diagonal != nullptr) {
-    Acc base = row.background;
-    if (h.matrix != nullptr) {
-      Acc one[1] = {};
-      base += *load_row<Acc>(row.dense, label, 1, one);
-    }
-    entries.own_col = label;
-    entries.own_value = base + static_cast<const Acc*>(h.diagonal)[label * h.diagonal_stride];
-    entries.col = &entries.own_col;
-    entries.value = &entries.own_value;
-    entries.count = 1;
+    const int64_t begin = h.crow[label];
+    return {h.col + begin, static_cast<const Acc*>(h.values) + begin, h.crow[label + 1] - begin};
   }
+  if (h.diagonal != nullptr) {
+    own_value = base_at(label) + static_cast<const Acc*>(h.diagonal)[label * h.diagonal_stride];
+    return {own_col, &own_value, 1};
+  }
+  return {};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -322,21 +306,29 @@ inline bool is_counted(const SoftmaxInfogainInput<Acc>& in, int64_t outer, int64
 template <Base base, typename Acc>
 struct LabelledRow {
   ConstRow x;
-  RowOfH<Acc> h;
-  int64_t classes;
+  int64_t classes, label;
   bool counted;
+  ConstRow dense_h;
+  Acc background, own_value = 0;
+  Entries<Acc> entries;
 
   LabelledRow(const SoftmaxInfogainInput<Acc>& in, int64_t outer, int64_t inner)
-      : x(row_at(in.logits, outer, inner)), classes(in.classes) {
-    const int64_t label = in.labels.at(outer, inner);
-    counted = is_counted(in, outer, inner, label);
+      : x(row_at(in.logits, outer, inner)),
+        classes(in.classes),
+        label(in.labels.at(outer, inner)),
+        counted(is_counted(in, outer, inner, label)),
+        background(static_cast<Acc>(in.infogain.background)) {
     if (counted) {
-      row_of_h(in.infogain, label, h);
+      if constexpr (base == Base::Dense) {
+        dense_h = dense_row_of_h(in.infogain, label);
+      }
+      entries = entries_of_h(in.infogain, label, own_value, [&](int64_t k) { return base_at(k); }, &label);
     }
   }
+  LabelledRow(const LabelledRow&) = delete; // entries may point into the row itself
 
   const Acc* dense(int64_t begin, int64_t count, const Workspace<Acc>& work) const {
-    return base == Base::Dense && counted ? load_row(h.dense, begin, count, work.matrix) : nullptr;
+    return base == Base::Dense && counted ? load_row(dense_h, begin, count, work.matrix) : nullptr;
   }
 
   Acc logit(int64_t k) const {
@@ -347,9 +339,9 @@ struct LabelledRow {
   Acc base_at(int64_t k) const {
     if constexpr (base == Base::Dense) {
       Acc buffer = 0;
-      return *load_row(h.dense, k, 1, &buffer);
+      return *load_row(dense_h, k, 1, &buffer);
     }
-    return base == Base::Constant ? h.background : Acc(0);
+    return base == Base::Constant ? background : Acc(0);
   }
 
   // work.exponentials = exp(x - shift) for the chunk at `begin`.
@@ -365,7 +357,7 @@ struct LabelledRow {
     if (!counted || base == Base::Zero) {
       return 0;
     }
-    return base == Base::Dense ? dot(dense(begin, count, work), values, count) : h.background * sum(values, count);
+    return base == Base::Dense ? dot(dense(begin, count, work), values, count) : background * sum(values, count);
   }
 
   // The sums of the chunk at `begin`; work.exponentials are then those of the chunk against its own maximum.
@@ -413,12 +405,12 @@ struct LabelledRow {
 
   void add_background_and_entries(Sums<Acc>& row, const Workspace<Acc>& work) const {
     if constexpr (base == Base::Constant) {
-      row.dot *= h.background;
-      row.mass *= h.background;
+      row.dot *= background;
+      row.mass *= background;
     }
-    for (int64_t i = 0; i < h.entries.count; ++i) {
-      const int64_t k = h.entries.col[i];
-      const Acc extra = h.entries.value[i] - base_at(k);
+    for (int64_t i = 0; i < entries.count; ++i) {
+      const int64_t k = entries.col[i];
+      const Acc extra = entries.value[i] - base_at(k);
       row.dot += extra * (logit(k) - row.max);
       row.mass += extra;
     }
@@ -435,9 +427,9 @@ struct LabelledRow {
       const Acc* values = load_row(x, begin, count, work.logits);
       const Acc* row = dense(begin, count, work);
       for (int64_t k = begin; k < begin + count; ++k) {
-        Acc weight = base == Base::Dense ? row[k - begin] : base == Base::Constant ? h.background : Acc(0);
-        if (next < h.entries.count && h.entries.col[next] == k) {
-          weight = h.entries.value[next++];
+        Acc weight = base == Base::Dense ? row[k - begin] : base == Base::Constant ? background : Acc(0);
+        if (next < entries.count && entries.col[next] == k) {
+          weight = entries.value[next++];
         }
         if (weight != 0) {
           dot += weight * (values[k - begin] - max);
@@ -475,11 +467,11 @@ struct LabelledRow {
       if (!counted) {
         gradient_of<Base::Zero, Acc>(e, nullptr, 0, count, p_factor, h_factor, g);
       } else {
-        gradient_of<base>(e, row == nullptr ? row : row + (first - begin), h.background, count, p_factor, h_factor, g);
-        for (; next < h.entries.count && h.entries.col[next] < first + count; ++next) {
-          const int64_t k = h.entries.col[next] - first;
+        gradient_of<base>(e, row == nullptr ? row : row + (first - begin), background, count, p_factor, h_factor, g);
+        for (; next < entries.count && entries.col[next] < first + count; ++next) {
+          const int64_t k = entries.col[next] - first;
           if (k >= 0) {
-            g[k] = p_factor * e[k] - h_factor * h.entries.value[next];
+            g[k] = p_factor * e[k] - h_factor * entries.value[next];
           }
         }
       }

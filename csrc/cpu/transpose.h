@@ -11,23 +11,29 @@
 namespace lgd {
 inline namespace CPU_CAPABILITY {
 
-// Lane i of one butterfly step over two vectors of V lanes whose partners are `step` apart.
+// Lane `lane` of one butterfly step over two vectors of V lanes, whose partners are `step` apart.
 constexpr int butterfly_lane(int lane, int step, int V, bool second) {
-  const int from_other = (lane & step) != 0;
-  if (!second) {
-    return from_other ? V + (lane ^ step) : lane;
+  const bool from_other = (lane & step) != 0;
+  if (second) {
+    return from_other ? V + lane : lane ^ step;
   }
-  return from_other ? V + lane : lane ^ step;
+  return from_other ? V + (lane ^ step) : lane;
 }
 
-// tile[i][j] <-> tile[j][i] for a tile of V rows of V elements, in log2(V) butterfly steps.
-template <typename Acc>
-inline void transpose_tile(Acc* tile) {
-  constexpr int V = at::vec::Vectorized<Acc>::size();
+// store(j, column j) for j < n, where load(i) is row i: transposed in log2(V) butterfly steps.
+template <typename Acc, typename Load, typename Store>
+inline void transpose_tile(int64_t n, const Load& load, const Store& store) {
+  using Vec = at::vec::Vectorized<Acc>;
+  constexpr int V = Vec::size();
   typedef Acc Lanes __attribute__((vector_size(V * sizeof(Acc))));
+  static_assert(sizeof(Vec) == sizeof(Lanes));
   Lanes rows[V];
-  std::memcpy(rows, tile, sizeof(rows));
-  const auto step_all = [&]<int step>(std::integral_constant<int, step>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) {
+    const Vec row = load(i);
+    std::memcpy(&rows[i], &row, sizeof(row));
+  }
+  const auto butterfly = [&]<int step>(std::integral_constant<int, step>) {
     [&]<int... lane>(std::integer_sequence<int, lane...>) {
 #pragma GCC unroll 16
       for (int i = 0; i < V; ++i) {
@@ -40,9 +46,16 @@ inline void transpose_tile(Acc* tile) {
     }(std::make_integer_sequence<int, V>{});
   };
   [&]<int... log>(std::integer_sequence<int, log...>) {
-    (step_all(std::integral_constant<int, (1 << log)>{}), ...);
+    (butterfly(std::integral_constant<int, (1 << log)>{}), ...);
   }(std::make_integer_sequence<int, std::countr_zero(static_cast<unsigned>(V))>{});
-  std::memcpy(tile, rows, sizeof(rows));
+#pragma GCC unroll 16
+  for (int j = 0; j < V; ++j) {
+    if (j < n) {
+      Vec column;
+      std::memcpy(&column, &rows[j], sizeof(column));
+      store(j, column);
+    }
+  }
 }
 
 } // namespace CPU_CAPABILITY
