@@ -6,6 +6,7 @@ it by label, so that no (N, C) target ever exists.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,6 +51,11 @@ def _checked_square(name: str, matrix: Tensor) -> Tensor:
     return matrix
 
 
+def _check_num_classes(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes: must be at least 1, got {num_classes}")
+
+
 def _scalar(name: str, value: float | Tensor) -> Tensor:
     """A number as a 0-dimensional tensor, float64 unless it is a tensor already."""
     if not isinstance(value, Tensor):
@@ -75,6 +81,8 @@ class Infogain:
     @classmethod
     def identity(cls, num_classes: int | None = None) -> Infogain:
         """H = I: cross entropy."""
+        if num_classes is not None:
+            _check_num_classes(num_classes)
         return cls("identity", num_classes, InfogainParts())
 
     @classmethod
@@ -97,8 +105,7 @@ class Infogain:
         """
         if not isinstance(epsilon, Tensor) and not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon: must be between 0 and 1, got {epsilon}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes: must be at least 1, got {num_classes}")
+        _check_num_classes(num_classes)
         epsilon = _scalar("epsilon", epsilon)
         parts = InfogainParts(background=epsilon / num_classes, diagonal=1 - epsilon)
         return cls("label_smoothing", num_classes, parts)
@@ -112,6 +119,8 @@ class Infogain:
         matrix: (C, C), a sparse tensor (CSR, or any layout that converts to it) or a dense one, whose non-zero
         entries are then the stored ones. Raises ValueError for indices out of range or repeated in a row.
         """
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix: expected a torch.Tensor, got {type(matrix).__name__}")
         if matrix.layout != torch.sparse_csr:
             matrix = (matrix.coalesce() if matrix.layout == torch.sparse_coo else matrix).to_sparse_csr()
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -138,6 +147,8 @@ class Infogain:
         distance: (C, C), floating, not negative, with 0 where two classes are equal. top_k: keep only the k most
         similar classes of each row, before the rows are normalized, and store them sparsely.
         """
+        if not math.isfinite(beta):
+            raise ValueError(f"beta: must be finite, got {beta}")
         distance = _checked_square("distance", distance)
         ops.check_not_negative(distance.detach(), "distance")
         similarity = torch.exp(-beta * distance / distance.max().clamp_min(torch.finfo(distance.dtype).tiny))
@@ -163,6 +174,8 @@ class Infogain:
         num_classes = self.num_classes if num_classes is None else num_classes
         if num_classes is None:
             raise ValueError("num_classes: this identity was made without a number of classes; give one")
+        if self.num_classes not in (None, num_classes):
+            raise ValueError(f"num_classes: is {num_classes}, but H is for {self.num_classes} classes")
         device = next((part.device for part in self.parts if part is not None), None)
         labels = torch.arange(num_classes, device=device).unsqueeze(1)  # (C, 1): C outer rows, 1 inner
         return reference.infogain_rows(labels, num_classes, *self.parts, dtype=dtype).squeeze(2)

@@ -21,10 +21,10 @@ from bench.plot import draw
 from bench.report import report
 from bench.results import RESULTS, Row
 from bench.table import BEGIN, END, section, three_digits, update_readme, with_table
-from bench.timing import Effort, summarize, time_interleaved
+from bench.timing import CALLS_PER_BURST, LEAST_ROUNDS, summarize, time_interleaved
 from bench.workloads import WORKLOADS, SoftmaxInfogainWorkload
 
-EFFORT = Effort(rounds=2, burst_seconds=1e-4)
+SECONDS = 0.0  # the least number of rounds
 PEERS = ("copy", "eager", "ours")
 TINY = SoftmaxInfogainWorkload("dense", (6, 5), peers=PEERS, goals=(AtLeast("eager", 7), AtMost("copy", 1.6)))
 
@@ -82,7 +82,7 @@ def test_every_kind_of_workload_runs_and_its_peers_agree_with_float64(workload):
     n_samples, n_classes, *inner = workload.shape
     shape = (min(n_samples, 4), min(n_classes, 50), *(3 for _ in inner))
     tiny = dataclasses.replace(workload, shape=shape, peers=PEERS)
-    rows = measure_workload(tiny, EFFORT, describe_machine(), 1e11, nothing)
+    rows = measure_workload(tiny, SECONDS, describe_machine(), 1e11, nothing)
     assert [(r.peer, r.status) for r in rows] == [(peer, "ok") for peer in PEERS]
     assert all(r.median_ms > 0 and r.p20_ms <= r.median_ms <= r.p80_ms for r in rows)
 
@@ -128,7 +128,7 @@ def with_peer(change) -> Problem:
     ids=["scaled", "nan", "missing", "misshapen", "loss", "raises"],
 )
 def test_a_wrong_peer_gets_no_time(change, status):
-    measured = measure_problem(with_peer(change), EFFORT, nothing)
+    measured = measure_problem(with_peer(change), SECONDS, nothing)
     assert measured.checks["ours"].status.startswith(status)
     assert set(measured.timings) == {"copy", "eager"}
 
@@ -136,7 +136,7 @@ def test_a_wrong_peer_gets_no_time(change, status):
 def test_a_wrong_result_of_ours_gives_no_speed_up_anywhere(monkeypatch):
     problem = with_peer(lambda out: out | {"gradient": out["gradient"] * 1.001})
     monkeypatch.setattr("bench.measure.prepare", lambda workload: problem)
-    rows = measure_workload(TINY, EFFORT, describe_machine(), 1e11, nothing)
+    rows = measure_workload(TINY, SECONDS, describe_machine(), 1e11, nothing)
     ours = rows[-1]
     assert (ours.median_ms, ours.p20_ms, ours.p80_ms, ours.calls, ours.ratio_to_floor) == (None,) * 5
     assert ours.error > 1e-4
@@ -154,12 +154,12 @@ def test_a_wrong_result_of_ours_gives_no_speed_up_anywhere(monkeypatch):
 def test_peers_take_turns_and_each_call_is_prepared():
     log, rounds = [], []
     calls = {peer: lambda peer=peer: log.append(peer) for peer in "abc"}
-    timings = time_interleaved(calls, lambda: log.append("|"), Effort(3, 0.0), lambda: rounds.append(1))
-    assert len(rounds) == 3 and log[::2] == ["|"] * (len(log) // 2)
-    warm_up, counted = log[1:24:2], log[25::2]
-    assert "".join(warm_up) == "aaaabbbbcccc"
-    assert "".join(counted) == "aabbcc" + "bbccaa" + "ccaabb"  # the first of each two is not counted
-    assert all(timing.calls == 3 for timing in timings.values())
+    timings = time_interleaved(calls, lambda: log.append("|"), 0.0, rounds.append)
+    assert rounds == [1 / LEAST_ROUNDS] * LEAST_ROUNDS
+    assert log[::2] == ["|"] * (len(log) // 2)
+    order = ["abc", "abc", "bca", "cab"]  # warm-up, then one more peer ahead in every round
+    assert "".join(log[1::2]) == "".join(peer * CALLS_PER_BURST for peers in order for peer in peers)
+    assert all(timing.calls == LEAST_ROUNDS * (CALLS_PER_BURST - 1) for timing in timings.values())
 
 
 def test_summary_of_times():
@@ -209,9 +209,10 @@ def test_report_says_which_goals_are_met_and_whether_the_machine_was_busy():
     assert "goal met           ≥ 7x as fast as eager: 7.62" in text
     assert "goal MISSED        ≤ 1.6x the time of copy: 1.68" in text
     assert "1 of 2 goals met" in text
-    assert "DO NOT TRUST" not in text
-    text = report([row("copy", 1.0, other_cores=None), row("ours", 2.1, other_cores=1.04)], [TINY])
-    assert text.endswith("DO NOT TRUST THESE TIMES: other processes kept up to 1.0 cores busy")
+    assert "DO NOT TRUST" not in text and "busy" not in section(RUN, [TINY])
+    busy = [row("copy", 1.0, other_cores=None), row("ours", 2.1, other_cores=1.04)]
+    assert report(busy, [TINY]).endswith("DO NOT TRUST THESE TIMES: other processes kept up to 1.0 cores busy")
+    assert "**Measured while other processes kept up to 1.0 cores busy.**" in section(busy, [TINY])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def test_the_table_goes_between_the_markers(tmp_path, monkeypatch):
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n**Some, CPU, 2 threads, AVX2**") and text.endswith(f"\n{END}\nafter\n")
     assert "| dense H, 6 x 5 | 1.25 | 16.0 (8.0x) | 6.00 (3.0x) | **2.00** | 1.60 |" in text
-    assert "| ≥ 7x eager: 8.00 ✓; ≤ 1.6 copies: 1.60 ✓ |" in text
+    assert "| ≥ 7x PyTorch eager: 8.00 ✓; ≤ 1.6 copies: 1.60 ✓ |" in text
     assert "old" not in text
     update_readme(readme, tmp_path)
     assert readme.read_text(encoding="utf-8") == text

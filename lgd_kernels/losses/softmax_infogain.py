@@ -39,6 +39,8 @@ def _check_options(reduction: str, normalization: str | None, z_loss: float, ign
         _one_of("normalization", normalization, NORMALIZATIONS)
         if reduction != "mean":
             raise ValueError(f"normalization: {normalization!r} needs reduction='mean', got reduction={reduction!r}")
+    if not isinstance(z_loss, (int, float)):
+        raise TypeError(f"z_loss: expected a number, got {type(z_loss).__name__}")
     if not math.isfinite(z_loss):
         raise ValueError(f"z_loss: must be finite, got {z_loss}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -51,6 +53,8 @@ def _class_axis(logits: Tensor, axis: int) -> int:
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
     if logits.dtype not in _FLOATING:
         raise TypeError(f"logits: dtype must be float64, float32, bfloat16 or float16, got {logits.dtype}")
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis: expected an int, got {type(axis).__name__}")
     if logits.dim() == 0:
         raise ValueError("logits: expected at least 1 dimension, got a scalar of shape ()")
     if logits.dim() == 1 and axis == 1:
@@ -291,6 +295,8 @@ class SoftmaxInfogainLoss(nn.Module):
             )
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: must be between 0 and 1, got {label_smoothing}")
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
         if weight is not None and (weight.dim() != 1 or weight.dtype not in _FLOATING):
             raise ValueError(
                 f"weight: expected a floating tensor of shape (C,), got {weight.dtype} {tuple(weight.shape)}"
@@ -344,15 +350,20 @@ class SoftmaxInfogainLoss(nn.Module):
     def _weighted(self, logits: Tensor, axis: int) -> Infogain:
         """H[l, j] = (1 - e) w_l [l = j] + e w_j / C, as PyTorch weights a smoothed label."""
         num_classes, epsilon = logits.shape[axis], self.label_smoothing
-        if len(self.weight) != num_classes:
-            raise ValueError(
-                f"weight: has {len(self.weight)} entries, but logits of shape {tuple(logits.shape)} have "
-                f"{num_classes} classes along axis {axis}"
-            )
+        self._check_weight(logits, axis)
         if epsilon == 0:
             return Infogain("diagonal", num_classes, InfogainParts(diagonal=self.weight))
         every_row = (epsilon / num_classes * self.weight).expand(num_classes, num_classes)  # one row, stride 0
         return Infogain("dense", num_classes, InfogainParts(matrix=every_row, diagonal=(1 - epsilon) * self.weight))
+
+    def _check_weight(self, logits: Tensor, axis: int) -> None:
+        if len(self.weight) != logits.shape[axis]:
+            raise ValueError(
+                f"weight: has {len(self.weight)} entries, but logits of shape {tuple(logits.shape)} have "
+                f"{logits.shape[axis]} classes along axis {axis}"
+            )
+        if self.weight.device != logits.device:
+            raise ValueError(f"weight: is on {self.weight.device}, but logits are on {logits.device}")
 
     def _sum_of_weights(self, rows: _Rows) -> Tensor:
         kept = rows.labels != rows.ignore_index
@@ -368,6 +379,8 @@ class SoftmaxInfogainLoss(nn.Module):
                 f"labels: class probabilities must have the logits' shape {tuple(logits.shape)}, "
                 f"got {tuple(target.shape)}"
             )
+        if target.device != logits.device:
+            raise ValueError(f"labels: is on {target.device}, but logits are on {logits.device}")
         if self.ignore_index >= 0:
             raise ValueError(f"ignore_index: {self.ignore_index} has no meaning for class-probability labels")
         num_classes = logits.shape[axis]
@@ -375,6 +388,7 @@ class SoftmaxInfogainLoss(nn.Module):
         if self.label_smoothing > 0:
             target = target * (1 - self.label_smoothing) + self.label_smoothing / num_classes
         if self.weight is not None:
+            self._check_weight(logits, axis)
             target = target * self.weight
         target = target.reshape(-1, num_classes)  # (O * I, C)
         positions = torch.arange(len(target), device=logits.device).reshape(
