@@ -15,7 +15,7 @@ from bench.plot import update_plots
 from bench.report import report
 from bench.results import RESULTS, Row, append
 from bench.table import update_readme
-from bench.timing import FULL, QUICK, Effort
+from bench.timing import FULL_SECONDS, QUICK_SECONDS
 from bench.workloads import WORKLOADS, Workload
 
 README = ROOT / "README.md"
@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--only", metavar="NAME", default="", help="only workloads whose name contains NAME; writes nothing"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a sixteenth of the samples and few repetitions; writes nothing"
+        "--quick", action="store_true", help="a sixteenth of the samples, timed for a moment; writes nothing"
     )
     parsed = parser.parse_args(arguments)
     if parsed.action != "run" and (parsed.only or parsed.quick):
@@ -53,14 +53,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def measure(workloads: list[Workload], effort: Effort) -> list[Row]:
-    """The rows of a run over these workloads."""
+def measure(workloads: list[Workload], seconds: float) -> list[Row]:
+    """The rows of a run over these workloads, each timed for about this many seconds."""
     machine, gemm_rate = describe_machine(), measure_gemm_rate()
     rows: list[Row] = []
-    with tqdm(total=len(workloads) * effort.rounds, unit="round", smoothing=0) as progress:
+    with tqdm(total=len(workloads), bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}") as progress:
         for workload in workloads:
             progress.set_description(workload.label)
-            rows += measure_workload(workload, effort, machine, gemm_rate, progress.update)
+            rows += measure_workload(workload, seconds, machine, gemm_rate, progress.update)
     return rows
 
 
@@ -69,7 +69,7 @@ def run(only: str, quick: bool) -> int:
     workloads = [workload for workload in WORKLOADS if only in workload.name]
     if quick:
         workloads = [workload.reduced() for workload in workloads]
-    rows = measure(workloads, QUICK if quick else FULL)
+    rows = measure(workloads, QUICK_SECONDS if quick else FULL_SECONDS)
     print(report(rows, workloads))
     if not (only or quick):
         append(RESULTS / f"{rows[0].device}.csv", rows)

@@ -11,7 +11,7 @@ from bench.floors import Rates, copy_rate, floor_ms
 from bench.machine import Machine, backend_of, cpu_seconds_of_others
 from bench.peers import Problem, prepare
 from bench.results import Row
-from bench.timing import Effort, Timing, time_interleaved
+from bench.timing import Timing, time_interleaved
 from bench.workloads import Workload
 
 
@@ -24,23 +24,23 @@ class Measurement:
     other_cores: float | None
 
 
-def measure_problem(problem: Problem, effort: Effort, after_each_round: Callable[[], None]) -> Measurement:
-    """Check every peer, then time those that are right."""
+def measure_problem(problem: Problem, seconds: float, after_each_round: Callable[[float], None]) -> Measurement:
+    """Check every peer, then time those that are right, for about this many seconds."""
     checks = check_peers(problem)
     calls = {peer: call for peer, call in problem.calls.items() if checks[peer].passed}
     start, others_before = time.perf_counter(), cpu_seconds_of_others()
-    timings = time_interleaved(calls, problem.before_each_call, effort, after_each_round)
-    others_after, seconds = cpu_seconds_of_others(), time.perf_counter() - start
+    timings = time_interleaved(calls, problem.before_each_call, seconds, after_each_round)
+    others_after, elapsed = cpu_seconds_of_others(), time.perf_counter() - start
     known = others_before is not None and others_after is not None
-    return Measurement(checks, timings, (others_after - others_before) / seconds if known else None)
+    return Measurement(checks, timings, (others_after - others_before) / elapsed if known else None)
 
 
 def measure_workload(
-    workload: Workload, effort: Effort, machine: Machine, gemm_rate: float, after_each_round: Callable[[], None]
+    workload: Workload, seconds: float, machine: Machine, gemm_rate: float, after_each_round: Callable[[float], None]
 ) -> list[Row]:
     """The rows of one workload, one per peer."""
     problem = prepare(workload)
-    measured = measure_problem(problem, effort, after_each_round)
+    measured = measure_problem(problem, seconds, after_each_round)
     checks, timings = measured.checks, measured.timings
     rates = Rates(copy_rate(problem, timings["copy"]), gemm_rate)
     floor = floor_ms(problem, rates)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench.goals import Verdict, judge
-from bench.results import Row, by_workload, medians
+from bench.results import BUSY, Row, busy_cores, by_workload, medians
 from bench.workloads import Workload
 
-_BUSY = 0.1  # cores that others keep busy: at 1 of 2, threads wait for each other and times are multiples of 4 ms
 _HEADER = f"{'':10}{'median ms':>11}{'p20':>9}{'p80':>9}{'x floor':>9}{'x copy':>8}{'ours is':>15}{'error':>10}"
 
 
@@ -53,7 +52,6 @@ def summary(run: list[Row], workloads: Iterable[Workload]) -> str:
     verdicts = [v for workload in workloads for v in judge(workload.goals, medians(measured[workload.name]))]
     lines = [f"{sum(verdict.met is True for verdict in verdicts)} of {len(verdicts)} goals met"] if verdicts else []
     lines += [f"not timed: {row.peer} on {row.workload}: {row.status}" for row in run if row.median_ms is None]
-    others = max(row.other_cores or 0.0 for row in run)
-    if others > _BUSY:
-        lines.append(f"DO NOT TRUST THESE TIMES: other processes kept up to {others:.1f} cores busy")
+    if busy_cores(run) > BUSY:
+        lines.append(f"DO NOT TRUST THESE TIMES: other processes kept up to {busy_cores(run):.1f} cores busy")
     return "\n".join(lines)

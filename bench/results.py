@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
+BUSY = 0.2  # cores kept busy by others; at 1 of 2, threads wait for each other and times become multiples of 4 ms
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ def by_workload(run: Iterable[Row]) -> dict[str, dict[str, Row]]:
     for row in run:
         grouped.setdefault(row.workload, {})[row.peer] = row
     return grouped
+
+
+def busy_cores(run: Iterable[Row]) -> float:
+    """The most cores that others kept busy while a workload of the run was timed; 0 where nobody knows."""
+    return max(row.other_cores or 0.0 for row in run)
 
 
 def medians(peers: dict[str, Row]) -> dict[str, float]:

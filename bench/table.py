@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.goals import AtLeast, Verdict, judge
 from bench.peers import TITLES
-from bench.results import Row, by_workload, medians, read_latest_runs
+from bench.results import BUSY, Row, busy_cores, by_workload, medians, read_latest_runs
 from bench.workloads import WORKLOADS, Workload
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -51,20 +51,21 @@ def _time(peer: str, peers: dict[str, Row]) -> str:
 
 def _goal(verdict: Verdict) -> str:
     goal = verdict.goal
-    text = f"≥ {goal.times:g}x {goal.peer}" if isinstance(goal, AtLeast) else f"≤ {goal.times:g} copies"
+    text = f"≥ {goal.times:g}x {TITLES[goal.peer]}" if isinstance(goal, AtLeast) else f"≤ {goal.times:g} copies"
     measured = "" if verdict.ratio is None else f": {verdict.ratio:.2f}"
     return f"{text}{measured} {_MARK[verdict.met]}"
 
 
 def section(run: list[Row], workloads: Iterable[Workload]) -> str:
     """One device: what was measured where, the table, and the picture."""
-    row = run[0]
+    row, others = run[0], busy_cores(run)
+    warning = f" **Measured while other processes kept up to {others:.1f} cores busy.**" if others > BUSY else ""
     return (
         f"**{row.cpu}, {row.threads} threads, {row.isa}** (torch {row.torch}, lgd_kernels {row.lgd_kernels} at "
         f"`{row.commit}`, {row.date[:10]}). Milliseconds, medians; in brackets how many times as fast lgd_kernels is. "
         f"The floor is one read and one write of the logits and one read of H, at the rate at which a copy of the "
         f"logits ran in the same run. Percentiles, errors and versions: [bench/results/{row.device}.csv]"
-        f"(bench/results/{row.device}.csv).\n\n"
+        f"(bench/results/{row.device}.csv).{warning}\n\n"
         f"{markdown_table(run, workloads)}\n\n"
         f"![Time of every peer, as a multiple of a copy of the logits](bench/results/{row.device}.png)"
     )

@@ -1,8 +1,9 @@
 """The timing loop.
 
-Peers take turns, in bursts: noise that lasts (another process, a clock that drops) hits all of them alike, and within a
-burst the caches hold what the peer itself left there. The peer that starts changes from round to round, and the first
-call of a burst is not counted.
+Peers take turns, in short bursts: noise that lasts (another process, a clock that drops) hits all of them alike, and
+the first call of a burst, which finds the caches and the heap as another peer left them, is not counted. The peer that
+starts changes from round to round. Bursts are short because long ones flatter: 50 copies of 33 MB in a row run partly
+from the L3 cache, at 0.7 or 1.3 ms as it happens.
 """
 
 from __future__ import annotations
@@ -17,16 +18,9 @@ from dataclasses import dataclass
 Calls = dict[str, Callable[[], object]]
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured: rounds, and the length of each peer's burst in each round."""
-
-    rounds: int
-    burst_seconds: float
-
-
-FULL = Effort(rounds=40, burst_seconds=0.05)
-QUICK = Effort(rounds=5, burst_seconds=0.005)
+CALLS_PER_BURST = 5
+LEAST_ROUNDS = 3
+FULL_SECONDS, QUICK_SECONDS = 15.0, 0.3  # per workload
 
 
 @dataclass(frozen=True)
@@ -66,27 +60,33 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _burst(call: Callable[[], object], before_each_call: Callable[[], None], n_calls: int) -> list[float]:
-    """Seconds of n_calls calls, after one that is not counted."""
+def _burst(call: Callable[[], object], before_each_call: Callable[[], None]) -> list[float]:
+    """Seconds of the calls of one burst, without the first."""
     seconds = []
-    for _ in range(1 + n_calls):
+    for _ in range(CALLS_PER_BURST):
         before_each_call()
         seconds.append(seconds_of(call))
     return seconds[1:]
 
 
 def time_interleaved(
-    calls: Calls, before_each_call: Callable[[], None], effort: Effort, after_each_round: Callable[[], None]
+    calls: Calls,
+    before_each_call: Callable[[], None],
+    seconds_in_all: float,
+    after_each_round: Callable[[float], None],
 ) -> dict[str, Timing]:
-    """Time the calls against each other; a first round, not counted, warms up and sets the length of the bursts."""
+    """Time the calls against each other for about seconds_in_all, or LEAST_ROUNDS rounds if they take longer.
+
+    A first round, not counted, warms up. after_each_round: takes the share of the rounds that one round is.
+    """
     peers = list(calls)
     seconds: dict[str, list[float]] = {peer: [] for peer in peers}
     with _no_garbage_collection():
-        per_call = {peer: min(_burst(calls[peer], before_each_call, 3)) for peer in peers}
-        for first in range(effort.rounds):
+        one_round = seconds_of(lambda: [_burst(calls[peer], before_each_call) for peer in peers])
+        rounds = max(LEAST_ROUNDS, round(seconds_in_all / one_round))
+        for first in range(rounds):
             for turn in range(len(peers)):
                 peer = peers[(first + turn) % len(peers)]
-                n_calls = max(1, round(effort.burst_seconds / per_call[peer]))
-                seconds[peer] += _burst(calls[peer], before_each_call, n_calls)
-            after_each_round()
+                seconds[peer] += _burst(calls[peer], before_each_call)
+            after_each_round(1 / rounds)
     return {peer: summarize(seconds[peer]) for peer in peers}

@@ -2,7 +2,14 @@
 
 from lgd_kernels.backends import show_backends
 from lgd_kernels.infogain import Infogain
-from lgd_kernels.losses import SoftmaxInfogainLoss, softmax_infogain_loss
+from lgd_kernels.losses import SoftmaxInfogainLoss, decoupled_linear_loss, local_residual_loss, softmax_infogain_loss
 
 __version__ = "0.1.0"
-__all__ = ["Infogain", "SoftmaxInfogainLoss", "show_backends", "softmax_infogain_loss"]
+__all__ = [
+    "Infogain",
+    "SoftmaxInfogainLoss",
+    "decoupled_linear_loss",
+    "local_residual_loss",
+    "show_backends",
+    "softmax_infogain_loss",
+]

@@ -126,7 +126,9 @@ class Infogain:
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix: must be square (C, C), got {tuple(matrix.shape)}")
         num_classes, values = matrix.shape[0], _checked("matrix", matrix.values(), dim=1)
-        crow, col = matrix.crow_indices().to(torch.int64), matrix.col_indices().to(torch.int64)
+        crow, col = matrix.crow_indices().detach().to(torch.int64), matrix.col_indices().detach().to(torch.int64)
+        if not values.requires_grad:
+            values = values.detach()  # no longer a view of the sparse tensor, which compilers cannot trace
         ops.check_csr(crow, col, num_classes)
         parts = InfogainParts(crow=crow, col=col, values=values, background=_background(background, values))
         return cls("sparse", num_classes, parts)

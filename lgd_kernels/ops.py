@@ -141,6 +141,93 @@ softmax_infogain_double_backward = torch.ops.lgd_kernels.softmax_infogain_double
 softmax_infogain_backward_matrix = torch.ops.lgd_kernels.softmax_infogain_backward_matrix.default
 
 # ---------------------------------------------------------------------------------------------------------------------
+# local_residual and decoupled_linear. Lists have one entry per layer. Activations and hidden losses are positions in
+# reference.ACTIVATIONS and reference.HIDDEN_LOSSES.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _on_request(wanted: bool, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous output of this shape; one without elements if it is not wanted."""
+    return like.new_empty(shape if wanted else (0,), dtype=dtype or like.dtype)
+
+
+def _vmap_over_layers(op: Callable, info, in_dims, *args):
+    """The batch becomes part of the layers: of the first dimension of every tensor, and of every list."""
+    size = info.batch_size
+
+    def merged(argument, dim):
+        if isinstance(argument, Tensor):
+            return _in_front(argument, dim, size).flatten(0, 1)
+        return list(argument) * size if isinstance(argument, (list, tuple)) else argument
+
+    def split(output: Tensor) -> Tensor:  # an output that was not asked for has no elements and shape (0,)
+        return output.unflatten(0, (size, n_layers)) if output.shape[0] == size * n_layers else output.expand(size, 0)
+
+    n_layers = args[0].shape[0] if in_dims[0] is None else args[0].select(in_dims[0], 0).shape[0]
+    outputs = op(*(merged(a, in_dims[i]) for i, a in enumerate(args)))
+    return tuple(split(output) for output in outputs), (0,) * len(outputs)
+
+
+def _local_residual_fake(logits, target, *rest):
+    need_residual, need_gradient = rest[-2:]
+    shape = logits.shape
+    return (
+        logits.new_empty(shape[0], dtype=accumulation_dtype(logits.dtype)),
+        _on_request(need_residual, logits, *shape),
+        _on_request(need_gradient, logits, *shape),
+        _on_request(need_gradient, logits, *shape),
+    )
+
+
+def _decoupled_linear_fake(z, weight, bias, target, *rest):
+    need_residual, need_gradient = rest[-2:]
+    shape = target.shape
+    return (
+        z.new_empty(shape[0], dtype=accumulation_dtype(z.dtype)),
+        _on_request(need_residual, z, *shape),
+        _on_request(need_gradient, z, *shape),
+        _on_request(need_gradient, z, *shape),
+    )
+
+
+def _decoupled_linear_backward_fake(z, weight, *rest):
+    need_z, need_weight, need_bias = rest[-3:]
+    return (
+        _on_request(need_z, z, *z.shape),
+        _on_request(need_weight, z, *weight.shape, dtype=weight.dtype),
+        _on_request(need_bias, z, *weight.shape[:2], dtype=weight.dtype),
+    )
+
+
+_define(
+    "local_residual",
+    "(Tensor logits, Tensor target, Tensor? multiplier, Tensor? skip_input, int[] activation, int hidden_loss, "
+    "float kappa, float[] rho, float[] skip, float[] dual_step, bool need_residual, bool need_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _local_residual_fake,
+    lambda info, in_dims, *args: _vmap_over_layers(local_residual, info, in_dims, *args),
+)
+_define(
+    "decoupled_linear",
+    "(Tensor z, Tensor weight, Tensor? bias, Tensor target, Tensor? multiplier, int[] activation, bool preactivation, "
+    "int hidden_loss, float kappa, float[] rho, float[] skip, float[] branch_scale, float[] dual_step, "
+    "bool need_residual, bool need_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    _decoupled_linear_fake,
+    lambda info, in_dims, *args: _vmap_over_layers(decoupled_linear, info, in_dims, *args),
+)
+_define(
+    "decoupled_linear_backward",
+    "(Tensor z, Tensor weight, Tensor delta, Tensor q, Tensor? grad_energy, int[] activation, bool preactivation, "
+    "float[] skip, float[] branch_scale, bool need_z, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _decoupled_linear_backward_fake,
+    lambda info, in_dims, *args: _vmap_over_layers(decoupled_linear_backward, info, in_dims, *args),
+)
+
+local_residual = torch.ops.lgd_kernels.local_residual.default
+decoupled_linear = torch.ops.lgd_kernels.decoupled_linear.default
+decoupled_linear_backward = torch.ops.lgd_kernels.decoupled_linear_backward.default
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checks of H that depend on its values: ops, so that an Infogain can be built inside a compiled function
 # ---------------------------------------------------------------------------------------------------------------------
 

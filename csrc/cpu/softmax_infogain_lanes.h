@@ -132,9 +132,14 @@ class LaneKernel {
       load_matrix();
     }
     sum();
+    if (in.infogain.crow != nullptr) {
+      add_stored_values();
+    } else if (in.infogain.diagonal != nullptr) {
+      add_diagonal();
+    }
     for (int64_t i = 0; i < active; ++i) {
-      if (counted[i]) {
-        add_entries(i);
+      if (dot[i] != dot[i] && counted[i] && !std::isnan(exp[i])) {
+        dot[i] = careful_dot(i);
       }
     }
     write_loss();
@@ -156,12 +161,26 @@ class LaneKernel {
     return {writable_row_at(rows, outer, inner), in.inner == 1 ? rows.outer_stride : rows.inner_stride, active};
   }
 
+  // Labels, of which unusable ones become 0 and do not count, and upstream gradients.
   void read_rows() {
+    all_counted = true;
     for (int64_t i = 0; i < active; ++i) {
-      label[i] = at(in.labels, i);
-      counted[i] = in.inner == 1 ? is_counted(in, outer + i, 0, label[i]) : is_counted(in, outer, inner + i, label[i]);
-      upstream[i] = counted[i] && out.grad_loss.data != nullptr ? at(out.grad_loss, i) : Acc(0);
-      on_lse[i] = out.grad_lse.data != nullptr ? at(out.grad_lse, i) : Acc(0);
+      const int64_t l = at(in.labels, i);
+      counted[i] = l != in.ignore_index && l >= 0 && l < in.infogain.n_rows;
+      label[i] = counted[i] ? l : 0;
+      all_counted &= counted[i];
+    }
+    for (int64_t i = 0; i < active && out.grad_loss.data != nullptr; ++i) {
+      upstream[i] = at(out.grad_loss, i);
+    }
+    for (int64_t i = 0; i < active && out.grad_lse.data != nullptr; ++i) {
+      on_lse[i] = at(out.grad_lse, i);
+    }
+    for (int64_t i = 0; i < active && !all_counted; ++i) {
+      if (!counted[i]) {
+        upstream[i] = 0;
+        is_counted(in, in.inner == 1 ? outer + i : outer, in.inner == 1 ? 0 : inner + i, at(in.labels, i)); // reports
+      }
     }
   }
 
@@ -176,10 +195,7 @@ class LaneKernel {
 
   void load_matrix() {
     LaneRows<Acc>::load_transposed(in.classes, matrix, [&](int64_t lane, int64_t c, int64_t n) {
-      if (lane >= active || !counted[lane]) {
-        return Vec(Acc(0));
-      }
-      return LaneRows<Acc>::load_piece(dense_row_of_h(in.infogain, label[lane]), c, n);
+      return LaneRows<Acc>::load_piece(dense_row_of_h(in.infogain, label[lane < active ? lane : 0]), c, n);
     });
   }
 
@@ -220,25 +236,39 @@ class LaneKernel {
     return base == Base::Dense ? matrix[k * V + i] : static_cast<Acc>(in.infogain.background);
   }
 
-  Entries<Acc> entries_of(int64_t i, Acc& own_value) const {
-    return entries_of_h(in.infogain, label[i], own_value, [&](int64_t k) { return base_at(i, k); }, &label[i]);
-  }
-
-  void add_entries(int64_t i) {
-    Acc own_value = 0;
-    const Entries<Acc> entries = entries_of(i, own_value);
-    for (int64_t j = 0; j < entries.count; ++j) {
-      const int64_t k = entries.col[j];
-      const Acc extra = entries.value[j] - base_at(i, k);
-      dot[i] += extra * (x[k * V + i] - max[i]);
-      mass[i] += extra;
+  // H[l, l] of each lane's label, in `diagonal`.
+  void add_diagonal() {
+    const Acc* values = static_cast<const Acc*>(in.infogain.diagonal);
+    Acc extra[V] = {}, logit[V] = {};
+    for (int64_t i = 0; i < active; ++i) {
+      extra[i] = values[label[i] * in.infogain.diagonal_stride];
+      logit[i] = x[label[i] * V + i];
+      diagonal[i] = extra[i] + base_at(i, label[i]);
     }
-    if (std::isnan(dot[i]) && !std::isnan(exp[i])) {
-      dot[i] = careful_dot(i, entries);
+    for (int64_t i = 0; i < V; ++i) {
+      dot[i] += extra[i] * (logit[i] - max[i]);
+      mass[i] += extra[i];
     }
   }
 
-  Acc careful_dot(int64_t i, const Entries<Acc>& entries) const { // 0 * (-inf) has to be 0
+  Entries<Acc> entries_of(int64_t i) const {
+    return entries_of_h<Acc>(in.infogain, label[i], diagonal[i], label[i]);
+  }
+
+  void add_stored_values() {
+    for (int64_t i = 0; i < active; ++i) {
+      const Entries<Acc> entries = entries_of(i);
+      for (int64_t j = 0; j < entries.count; ++j) {
+        const int64_t k = entries.col[j];
+        const Acc extra = entries.value[j] - base_at(i, k);
+        dot[i] += extra * (x[k * V + i] - max[i]);
+        mass[i] += extra;
+      }
+    }
+  }
+
+  Acc careful_dot(int64_t i) const { // 0 * (-inf) has to be 0
+    const Entries<Acc> entries = entries_of(i);
     Acc total = 0;
     int64_t next = 0;
     for (int64_t k = 0; k < in.classes; ++k) {
@@ -263,24 +293,24 @@ class LaneKernel {
     return max[i];
   }
 
-  // Writes loss and lse; leaves in `slope` the factor of p in dloss/dx, 0 for rows that do not count.
+  // Writes loss and lse; leaves in `slope` the factor of p in dloss/dx.
   void write_loss() {
-    const Acc z = static_cast<Acc>(in.z_loss);
-    for (int64_t i = 0; i < active; ++i) {
-      Acc loss = mass[i] * log_sum[i] - dot[i];
+    Acc loss[V];
+    for (int64_t i = 0; i < V; ++i) {
+      loss[i] = mass[i] * log_sum[i] - dot[i];
       slope[i] = mass[i];
-      if (z != 0 || out.lse.data != nullptr) {
-        const Acc lse = log_sum_exp(i);
-        loss += z == 0 ? Acc(0) : z * lse * lse;
-        slope[i] += z == 0 ? Acc(0) : 2 * z * lse;
-        if (out.lse.data != nullptr) {
-          at(out.lse, i) = lse;
-        }
+    }
+    const Acc z = static_cast<Acc>(in.z_loss);
+    for (int64_t i = 0; i < active && (z != 0 || out.lse.data != nullptr); ++i) {
+      const Acc lse = log_sum_exp(i);
+      loss[i] += z == 0 ? Acc(0) : z * lse * lse;
+      slope[i] += z == 0 ? Acc(0) : 2 * z * lse;
+      if (out.lse.data != nullptr) {
+        at(out.lse, i) = lse;
       }
-      slope[i] = counted[i] ? slope[i] : Acc(0);
-      if (out.loss.data != nullptr) {
-        at(out.loss, i) = counted[i] ? loss : Acc(0);
-      }
+    }
+    for (int64_t i = 0; i < active && out.loss.data != nullptr; ++i) {
+      at(out.loss, i) = counted[i] ? loss[i] : Acc(0);
     }
   }
 
@@ -300,12 +330,14 @@ class LaneKernel {
     Acc p[V], h[V];
     p_factor.store(p);
     h_factor.store(h);
-    for (int64_t i = 0; i < active; ++i) {
-      if (!counted[i]) {
-        continue;
+    if (in.infogain.crow == nullptr && in.infogain.diagonal != nullptr) {
+      for (int64_t i = 0; i < active; ++i) {
+        const int64_t place = label[i] * V + i;
+        x[place] = p[i] * exponential[place] - h[i] * diagonal[i];
       }
-      Acc own_value = 0;
-      const Entries<Acc> entries = entries_of(i, own_value);
+    }
+    for (int64_t i = 0; i < active && in.infogain.crow != nullptr; ++i) {
+      const Entries<Acc> entries = entries_of(i);
       for (int64_t j = 0; j < entries.count; ++j) {
         const int64_t place = entries.col[j] * V + i;
         x[place] = p[i] * exponential[place] - h[i] * entries.value[j];
@@ -316,18 +348,16 @@ class LaneKernel {
   void write_gradient() {
     const Vec up = Vec::loadu(upstream);
     build_gradient(at::vec::fmadd(up, Vec::loadu(slope), Vec::loadu(on_lse)) / Vec::loadu(exp), up);
-    for (int64_t i = 0; i < active; ++i) {
-      if (!counted[i] && on_lse[i] == 0) { // not 0 * p: p may be NaN
-        for (int64_t c = 0; c < in.classes; ++c) {
-          x[c * V + i] = 0;
-        }
+    for (int64_t i = 0; i < active && !all_counted; ++i) {
+      for (int64_t c = 0; c < in.classes && !counted[i]; ++c) { // without H, and no 0 * p: p may be NaN
+        x[c * V + i] = on_lse[i] == 0 ? Acc(0) : on_lse[i] / exp[i] * exponential[c * V + i];
       }
     }
     rows_of(out.grad).store(in.classes, x);
   }
 
   void write_norm() {
-    build_gradient(Vec::loadu(slope) / Vec::loadu(exp), Vec(Acc(1)));
+    build_gradient(Vec::loadu(slope) / Vec::loadu(exp), Vec(Acc(1))); // a row that does not count is dealt with below
     Vec total(Acc(0));
     for (int64_t first = 0; first < in.classes; first += kColumnBlock) {
       const int64_t end = in.classes - first < kColumnBlock ? in.classes : first + kColumnBlock;
@@ -353,7 +383,8 @@ class LaneKernel {
 
   int64_t outer = 0, inner = 0, active = 0; // the first row, and how many
   int64_t label[V] = {};
-  bool counted[V] = {};
+  bool counted[V] = {}, all_counted = false;
+  Acc diagonal[V] = {}; // H[l, l] where H has a diagonal
   Acc upstream[V] = {}, on_lse[V] = {}; // upstream gradients of loss and lse
   Acc max[V], exp[V], dot[V], mass[V], log_sum[V], slope[V] = {};
 };

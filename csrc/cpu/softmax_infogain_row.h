@@ -98,19 +98,14 @@ inline ConstRow dense_row_of_h(const InfogainView& h, int64_t label) {
   return {static_cast<const char*>(h.matrix) + offset, h.matrix_dtype, h.matrix_class_stride};
 }
 
-// The entries of row `label`. The one entry of a diagonal lives in the caller's `own_value` and `own_col`.
-template <typename Acc, typename BaseAt>
-inline Entries<Acc> entries_of_h(
-    const InfogainView& h, int64_t label, Acc& own_value, const BaseAt& base_at, const int64_t* own_col) {
+// The entries of row `label`; the one entry of a diagonal is (col, diagonal), which live with the caller.
+template <typename Acc>
+inline Entries<Acc> entries_of_h(const InfogainView& h, int64_t label, const Acc& diagonal, const int64_t& col) {
   if (h.crow != nullptr) {
     const int64_t begin = h.crow[label];
     return {h.col + begin, static_cast<const Acc*>(h.values) + begin, h.crow[label + 1] - begin};
   }
-  if (h.diagonal != nullptr) {
-    own_value = base_at(label) + static_cast<const Acc*>(h.diagonal)[label * h.diagonal_stride];
-    return {own_col, &own_value, 1};
-  }
-  return {};
+  return {&col, &diagonal, h.diagonal != nullptr ? 1 : 0};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +317,10 @@ struct LabelledRow {
       if constexpr (base == Base::Dense) {
         dense_h = dense_row_of_h(in.infogain, label);
       }
-      entries = entries_of_h(in.infogain, label, own_value, [&](int64_t k) { return base_at(k); }, &label);
+      if (in.infogain.diagonal != nullptr) {
+        own_value = base_at(label) + static_cast<const Acc*>(in.infogain.diagonal)[label * in.infogain.diagonal_stride];
+      }
+      entries = entries_of_h(in.infogain, label, own_value, label);
     }
   }
   LabelledRow(const LabelledRow&) = delete; // entries may point into the row itself

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import ops, reference
+from lgd_kernels.autograd.apply import apply
 
 _N_PARTS = 6  # matrix, background, diagonal, crow, col, values
 
@@ -82,8 +83,8 @@ class SoftmaxInfogain(torch.autograd.Function):
         _, lse, grad, norm = output
         ctx.mark_non_differentiable(grad, norm, *(() if ctx.need_lse else (lse,)))
         ctx.set_materialize_grads(False)
+        ctx.save_for_forward(logits, labels, *parts, None, None)  # as many as below, and before it: torch's vmap
         ctx.save_for_backward(logits, labels, *parts, row_scale, grad)
-        ctx.save_for_forward(logits, labels, *parts)
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse, _grad, _norm):
@@ -150,9 +151,7 @@ class SoftmaxInfogainBackward(torch.autograd.Function):
         rows = (logits, labels, *parts, ctx.ignore_index, ctx.z_loss)
         needs_parts = ctx.needs_input_grad[2 : 2 + _N_PARTS]
         double_backward = (
-            reference.softmax_infogain_double_backward
-            if torch.is_grad_enabled()
-            else ops.softmax_infogain_double_backward
+            reference.second_derivative if torch.is_grad_enabled() else ops.softmax_infogain_double_backward
         )
         grad_logits, grad_grad_loss, grad_grad_lse = double_backward(*rows, grad_loss, grad_lse, grad_grad)
 
@@ -179,7 +178,7 @@ class _SoftmaxInfogainForwardMode(SoftmaxInfogain):
 
     @staticmethod
     def jvp(ctx, logits_t, _labels, *rest):
-        logits, labels, *parts = ctx.saved_tensors
+        logits, labels, *parts, _, _ = ctx.saved_tensors
         terms = reference.SoftmaxInfogainTerms(logits, labels, tuple(parts), ctx.ignore_index)
         loss_t, lse_t = torch.zeros_like(terms.lse), torch.zeros_like(terms.lse)
         if logits_t is not None:
@@ -205,7 +204,7 @@ class _SoftmaxInfogainBackwardForwardMode(SoftmaxInfogainBackward):
         result = torch.zeros_like(p)
         if logits_t is not None:  # the Jacobian is symmetric: the double backward applied to the tangent
             rows = (logits, labels, *parts, ctx.ignore_index, ctx.z_loss)
-            changed, _, _ = reference.softmax_infogain_double_backward(*rows, grad_loss, grad_lse, logits_t)
+            changed, _, _ = reference.second_derivative(*rows, grad_loss, grad_lse, logits_t)
             result = result + changed
         if grad_loss_t is not None:
             change = torch.where(terms.counted, grad_loss_t, 0).unsqueeze(1)
@@ -220,11 +219,9 @@ class _SoftmaxInfogainBackwardForwardMode(SoftmaxInfogainBackward):
 
 def softmax_infogain(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.softmax_infogain`, differentiable."""
-    function = SoftmaxInfogain if torch.compiler.is_compiling() else _SoftmaxInfogainForwardMode
-    return function.apply(*args)
+    return apply(SoftmaxInfogain, _SoftmaxInfogainForwardMode, args)
 
 
 def softmax_infogain_backward(*args) -> Tensor:
     """`ops.softmax_infogain_backward`, differentiable."""
-    function = SoftmaxInfogainBackward if torch.compiler.is_compiling() else _SoftmaxInfogainBackwardForwardMode
-    return function.apply(*args)
+    return apply(SoftmaxInfogainBackward, _SoftmaxInfogainBackwardForwardMode, args)

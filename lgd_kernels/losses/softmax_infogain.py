@@ -41,7 +41,7 @@ def _check_options(reduction: str, normalization: str | None, z_loss: float, ign
             raise ValueError(f"normalization: {normalization!r} needs reduction='mean', got reduction={reduction!r}")
     if not isinstance(z_loss, (int, float)):
         raise TypeError(f"z_loss: expected a number, got {type(z_loss).__name__}")
-    if not math.isfinite(z_loss):
+    if not -math.inf < z_loss < math.inf:  # math.isfinite cannot be traced for a dynamic number
         raise ValueError(f"z_loss: must be finite, got {z_loss}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")

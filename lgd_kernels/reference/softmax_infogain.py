@@ -198,7 +198,28 @@ def softmax_infogain_double_backward(
     grad_lse: Tensor | None,
     grad_grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of <grad_grad, softmax_infogain_backward(...)> with respect to logits, grad_loss and grad_lse.
+    """Gradients of <grad_grad, softmax_infogain_backward(...)> with respect to logits, grad_loss and grad_lse."""
+    parts = (matrix, background, diagonal, crow, col, values)
+    grad_logits, *rest = second_derivative(logits, labels, *parts, ignore_index, z_loss, grad_loss, grad_lse, grad_grad)
+    return _in_the_layout_of(logits, grad_logits), *rest
+
+
+def second_derivative(
+    logits: Tensor,
+    labels: Tensor,
+    matrix: Tensor | None,
+    background: Tensor | None,
+    diagonal: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    grad_grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`softmax_infogain_double_backward` as an expression that can be differentiated and batched.
 
     With v = grad_grad, t = <p, v> and c = grad_loss (s_l + 2 z_loss lse) + grad_lse:
         d/dlogits    = c p (v - t) + 2 z_loss grad_loss t p
