@@ -43,6 +43,14 @@ struct LaneRows {
     return reinterpret_cast<Acc*>(first.data) + (lane < active ? lane : 0) * lane_stride + c;
   }
 
+  void set(int64_t lane, int64_t c, Acc value) const {
+    if (first.dtype == dtype_of<Acc>()) {
+      *reinterpret_cast<Acc*>(element(row(lane), c)) = value;
+    } else {
+      store_row(&value, row(lane), c, 1);
+    }
+  }
+
   void load(int64_t classes, Acc* tile) const {
     if (classes_contiguous()) {
       load_transposed(classes, tile, [&](int64_t lane, int64_t c, int64_t n) { return Vec::loadu(elements(lane, c), n); });
@@ -104,44 +112,47 @@ struct LaneRows {
   }
 };
 
-// V neighbouring rows.
+// A block of neighbouring rows, V to a group, in phases: between a group's load and its store lie some 300 cycles of
+// latency, which only other groups can fill (950 -> 630 cycles for 16 rows of 10 classes, with what else was moved out of the chain).
 template <Base base, typename Acc>
 class LaneKernel {
  public:
   using Vec = Vectorized<Acc>;
   static constexpr int64_t V = Vec::size();
+  static constexpr int64_t kMaxGroups = 8;
+  static constexpr int64_t kMaxRows = kMaxGroups * V;
+
+  // As many groups as keep their tiles in L1.
+  static int64_t groups_for(int64_t classes) {
+    const int64_t fitting = 24576 / (2 * classes * V * static_cast<int64_t>(sizeof(Acc)));
+    return fitting < 1 ? 1 : fitting < kMaxGroups ? fitting : kMaxGroups;
+  }
 
   LaneKernel(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out)
       : in(in),
         out(out),
-        x(scratch_of<Acc>(Scratch::Logits, in.classes * V)),
-        exponential(scratch_of<Acc>(Scratch::Exponentials, in.classes * V)),
-        matrix(base == Base::Dense ? scratch_of<Acc>(Scratch::Matrix, in.classes * V) : nullptr) {}
+        tile_size(in.classes * V),
+        logits(scratch_of<Acc>(Scratch::Logits, groups_for(in.classes) * tile_size)),
+        exponentials(scratch_of<Acc>(Scratch::Exponentials, groups_for(in.classes) * tile_size)),
+        matrix(base == Base::Dense ? scratch_of<Acc>(Scratch::Matrix, groups_for(in.classes) * tile_size) : nullptr) {}
 
-  // The rows (outer, inner) onwards: along the inner axis where there is one, else along the outer.
+  // The rows (first_outer, first_inner) onwards: along the inner axis where there is one, else along the outer.
   void operator()(int64_t first_outer, int64_t first_inner, int64_t n_rows) {
     outer = first_outer;
     inner = first_inner;
-    active = n_rows;
+    rows = n_rows;
     read_rows();
     if (out.made_for.data != nullptr && all_made()) {
       return;
     }
-    rows_of(in.logits).load(in.classes, x);
-    if constexpr (base == Base::Dense) {
-      load_matrix();
-    }
-    sum();
-    if (in.infogain.crow != nullptr) {
-      add_stored_values();
-    } else if (in.infogain.diagonal != nullptr) {
-      add_diagonal();
-    }
-    for (int64_t i = 0; i < active; ++i) {
-      if (dot[i] != dot[i] && counted[i] && !std::isnan(exp[i])) {
-        dot[i] = careful_dot(i);
+    for (int64_t first = 0; first < rows; first += V) {
+      group_of(in.logits, first).load(in.classes, tile(logits, first));
+      if constexpr (base == Base::Dense) {
+        load_matrix(first);
       }
+      sum(first);
     }
+    add_entries();
     write_loss();
     if (out.norm.data != nullptr) {
       write_norm();
@@ -152,116 +163,162 @@ class LaneKernel {
   }
 
  private:
+  // A per-row tensor along the block's rows.
   template <typename T>
-  T& at(const PerRow<T>& values, int64_t i) const {
-    return in.inner == 1 ? values.at(outer + i, 0) : values.at(outer, inner + i);
+  struct Along {
+    T* data;
+    int64_t stride;
+
+    T& operator[](int64_t i) const { return data[i * stride]; }
+  };
+
+  template <typename T>
+  Along<T> along(const PerRow<T>& values) const {
+    if (values.data == nullptr) {
+      return {nullptr, 0};
+    }
+    return {&values.at(outer, inner), in.inner == 1 ? values.outer_stride : values.inner_stride};
   }
 
-  LaneRows<Acc> rows_of(const Rows& rows) const {
-    return {writable_row_at(rows, outer, inner), in.inner == 1 ? rows.outer_stride : rows.inner_stride, active};
+  // The V rows from `first` on, or what is left of them.
+  LaneRows<Acc> group_of(const Rows& tensor, int64_t first) const {
+    const Row row = in.inner == 1 ? writable_row_at(tensor, outer + first, 0) : writable_row_at(tensor, outer, inner + first);
+    return {row, in.inner == 1 ? tensor.outer_stride : tensor.inner_stride, rows - first < V ? rows - first : V};
   }
+
+  // The tile of the group that row i belongs to, and where class k of row i lies in the tiles.
+  Acc* tile(Acc* tiles, int64_t i) const { return tiles + i / V * tile_size; }
+  int64_t place(uint64_t i, int64_t k) const { return i / V * tile_size + k * V + i % V; }
 
   // Labels, of which unusable ones become 0 and do not count, and upstream gradients.
   void read_rows() {
-    all_counted = true;
-    for (int64_t i = 0; i < active; ++i) {
-      const int64_t l = at(in.labels, i);
-      counted[i] = l != in.ignore_index && l >= 0 && l < in.infogain.n_rows;
-      label[i] = counted[i] ? l : 0;
-      all_counted &= counted[i];
+    const Along<const int64_t> labels = along(in.labels);
+    const int64_t ignored = in.ignore_index, n_rows = in.infogain.n_rows;
+    bool all = true;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t l = labels[i];
+      const bool usable = l != ignored && static_cast<uint64_t>(l) < static_cast<uint64_t>(n_rows);
+      counted[i] = usable;
+      label[i] = usable ? l : 0;
+      all &= usable;
     }
-    for (int64_t i = 0; i < active && out.grad_loss.data != nullptr; ++i) {
-      upstream[i] = at(out.grad_loss, i);
-    }
-    for (int64_t i = 0; i < active && out.grad_lse.data != nullptr; ++i) {
-      on_lse[i] = at(out.grad_lse, i);
-    }
-    for (int64_t i = 0; i < active && !all_counted; ++i) {
+    all_counted = all;
+    read(out.grad_loss, upstream);
+    read(out.grad_lse, on_lse);
+    for (int64_t i = 0; i < rows && !all_counted; ++i) {
       if (!counted[i]) {
         upstream[i] = 0;
-        is_counted(in, in.inner == 1 ? outer + i : outer, in.inner == 1 ? 0 : inner + i, at(in.labels, i)); // reports
+        is_counted(in, in.inner == 1 ? outer + i : outer, in.inner == 1 ? 0 : inner + i, labels[i]); // reports
       }
     }
   }
 
+  void read(const PerRow<const Acc>& source, Acc* values) const {
+    const Along<const Acc> from = along(source);
+    for (int64_t i = 0; i < rows && from.data != nullptr; ++i) {
+      values[i] = from[i];
+    }
+  }
+
   bool all_made() const {
-    for (int64_t i = 0; i < active; ++i) {
-      if (on_lse[i] != 0 || !(at(out.grad_loss, i) == at(out.made_for, i))) {
+    const Along<const Acc> made_for = along(out.made_for), wanted = along(out.grad_loss);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (on_lse[i] != 0 || !(wanted[i] == made_for[i])) {
         return false;
       }
     }
     return true;
   }
 
-  void load_matrix() {
-    LaneRows<Acc>::load_transposed(in.classes, matrix, [&](int64_t lane, int64_t c, int64_t n) {
-      return LaneRows<Acc>::load_piece(dense_row_of_h(in.infogain, label[lane < active ? lane : 0]), c, n);
+  void load_matrix(int64_t first) {
+    LaneRows<Acc>::load_transposed(in.classes, tile(matrix, first), [&](int64_t lane, int64_t c, int64_t n) {
+      return LaneRows<Acc>::load_piece(dense_row_of_h(in.infogain, label[first + lane]), c, n); // label 0 past the end
     });
   }
 
-  // Maximum, exponentials and sums of all lanes.
-  void sum() {
-    Vec m = Vec::loadu(x);
-    for (int64_t c = 1; c < in.classes; ++c) {
-      m = at::vec::clamp_min(m, Vec::loadu(x + c * V));
-    }
+  // Maximum, exponentials and sums of the group.
+  void sum(int64_t first) {
+    const Acc *x = tile(logits, first), *h = tile(matrix, first);
+    Acc* e = tile(exponentials, first);
     const Vec zero(Acc(0));
-    Vec exp_total = zero, dot_total = zero, mass_total = zero, h = zero;
-    for (int64_t first = 0; first < in.classes; first += kColumnBlock) {
-      const int64_t end = in.classes - first < kColumnBlock ? in.classes : first + kColumnBlock;
-      Vec e = zero, d = zero, w = zero;
-      for (int64_t c = first; c < end; ++c) {
+    Vec m0 = Vec::loadu(x), m1 = m0;
+    for (int64_t c = 1; c + 1 < in.classes; c += 2) {
+      m0 = at::vec::clamp_min(m0, Vec::loadu(x + c * V));
+      m1 = at::vec::clamp_min(m1, Vec::loadu(x + (c + 1) * V));
+    }
+    const Vec m = at::vec::clamp_min(at::vec::clamp_min(m0, m1), Vec::loadu(x + (in.classes - 1) * V));
+    Vec exp_total = zero, dot_total = zero, mass_total = zero, h_c = zero;
+    for (int64_t begin = 0; begin < in.classes; begin += kColumnBlock) {
+      const int64_t end = in.classes - begin < kColumnBlock ? in.classes : begin + kColumnBlock;
+      Vec exp_sum = zero, dot_sum = zero, mass_sum = zero;
+      for (int64_t c = begin; c < end; ++c) {
         if constexpr (base == Base::Dense) {
-          h = Vec::loadu(matrix + c * V);
+          h_c = Vec::loadu(h + c * V);
         }
-        accumulate<base>(Vec::loadu(x + c * V) - m, h, e, d, w).store(exponential + c * V);
+        accumulate<base>(Vec::loadu(x + c * V) - m, h_c, exp_sum, dot_sum, mass_sum).store(e + c * V);
       }
-      exp_total = exp_total + e;
-      dot_total = dot_total + d;
-      mass_total = mass_total + w;
+      exp_total = exp_total + exp_sum;
+      dot_total = dot_total + dot_sum;
+      mass_total = mass_total + mass_sum;
     }
     if constexpr (base == Base::Constant) {
       const Vec background(static_cast<Acc>(in.infogain.background));
       dot_total = dot_total * background;
       mass_total = background * Vec(static_cast<Acc>(in.classes));
     }
-    m.store(max);
-    exp_total.store(exp);
-    dot_total.store(dot);
-    mass_total.store(mass);
-    log_at_least_one(exp_total).store(log_sum);
+    m.store(max + first);
+    exp_total.store(exp + first);
+    dot_total.store(dot + first);
+    mass_total.store(mass + first);
+    log_at_least_one(exp_total).store(log_sum + first);
   }
 
   Acc base_at(int64_t i, int64_t k) const {
-    return base == Base::Dense ? matrix[k * V + i] : static_cast<Acc>(in.infogain.background);
+    return base == Base::Dense ? matrix[place(i, k)] : static_cast<Acc>(in.infogain.background);
   }
 
-  // H[l, l] of each lane's label, in `diagonal`.
+  Entries<Acc> entries_of(int64_t i) const { return entries_of_h<Acc>(in.infogain, label[i], diagonal[i], label[i]); }
+
+  // What the entries of H add to the sums of their rows.
+  void add_entries() {
+    if (in.infogain.crow != nullptr) {
+      add_stored_values();
+    } else if (in.infogain.diagonal != nullptr) {
+      add_diagonal();
+    }
+    bool any_nan = false;
+    for (int64_t i = 0; i < rows; ++i) {
+      any_nan |= dot[i] != dot[i];
+    }
+    for (int64_t i = 0; i < rows && any_nan; ++i) {
+      if (std::isnan(dot[i]) && counted[i] && !std::isnan(exp[i])) {
+        dot[i] = careful_dot(i);
+      }
+    }
+  }
+
   void add_diagonal() {
-    const Acc* values = static_cast<const Acc*>(in.infogain.diagonal);
-    Acc extra[V] = {}, logit[V] = {};
-    for (int64_t i = 0; i < active; ++i) {
-      extra[i] = values[label[i] * in.infogain.diagonal_stride];
-      logit[i] = x[label[i] * V + i];
+    const Along<const Acc> values{static_cast<const Acc*>(in.infogain.diagonal), in.infogain.diagonal_stride};
+    Acc logit[kMaxRows], extra[kMaxRows];
+    for (int64_t i = 0; i < rows; ++i) {
+      logit[i] = logits[place(i, label[i])];
+      extra[i] = values[label[i]];
       diagonal[i] = extra[i] + base_at(i, label[i]);
     }
-    for (int64_t i = 0; i < V; ++i) {
-      dot[i] += extra[i] * (logit[i] - max[i]);
-      mass[i] += extra[i];
+    for (int64_t i = 0; i < rows; i += V) {
+      const Vec d = Vec::loadu(logit + i) - Vec::loadu(max + i), more = Vec::loadu(extra + i);
+      at::vec::fmadd(more, d, Vec::loadu(dot + i)).store(dot + i);
+      (Vec::loadu(mass + i) + more).store(mass + i);
     }
-  }
-
-  Entries<Acc> entries_of(int64_t i) const {
-    return entries_of_h<Acc>(in.infogain, label[i], diagonal[i], label[i]);
   }
 
   void add_stored_values() {
-    for (int64_t i = 0; i < active; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       const Entries<Acc> entries = entries_of(i);
       for (int64_t j = 0; j < entries.count; ++j) {
         const int64_t k = entries.col[j];
         const Acc extra = entries.value[j] - base_at(i, k);
-        dot[i] += extra * (x[k * V + i] - max[i]);
+        dot[i] += extra * (logits[place(i, k)] - max[i]);
         mass[i] += extra;
       }
     }
@@ -275,7 +332,7 @@ class LaneKernel {
       const bool stored = next < entries.count && entries.col[next] == k;
       const Acc weight = stored ? entries.value[next++] : base_at(i, k);
       if (weight != 0) {
-        total += weight * (x[k * V + i] - max[i]);
+        total += weight * (logits[place(i, k)] - max[i]);
       }
     }
     return total;
@@ -286,7 +343,7 @@ class LaneKernel {
       return max[i] + log_sum[i];
     }
     for (int64_t k = 0; k < in.classes; ++k) {
-      if (std::isnan(x[k * V + i])) {
+      if (std::isnan(logits[place(i, k)])) {
         return std::numeric_limits<Acc>::quiet_NaN();
       }
     }
@@ -295,113 +352,146 @@ class LaneKernel {
 
   // Writes loss and lse; leaves in `slope` the factor of p in dloss/dx.
   void write_loss() {
-    Acc loss[V];
-    for (int64_t i = 0; i < V; ++i) {
-      loss[i] = mass[i] * log_sum[i] - dot[i];
-      slope[i] = mass[i];
+    Acc loss[kMaxRows];
+    for (int64_t i = 0; i < rows; i += V) {
+      const Vec m = Vec::loadu(mass + i);
+      (m * Vec::loadu(log_sum + i) - Vec::loadu(dot + i)).store(loss + i);
+      m.store(slope + i);
     }
     const Acc z = static_cast<Acc>(in.z_loss);
-    for (int64_t i = 0; i < active && (z != 0 || out.lse.data != nullptr); ++i) {
+    const Along<Acc> losses = along(out.loss), lses = along(out.lse);
+    for (int64_t i = 0; i < rows && (z != 0 || lses.data != nullptr); ++i) {
       const Acc lse = log_sum_exp(i);
       loss[i] += z == 0 ? Acc(0) : z * lse * lse;
       slope[i] += z == 0 ? Acc(0) : 2 * z * lse;
-      if (out.lse.data != nullptr) {
-        at(out.lse, i) = lse;
+      if (lses.data != nullptr) {
+        lses[i] = lse;
       }
     }
-    for (int64_t i = 0; i < active && out.loss.data != nullptr; ++i) {
-      at(out.loss, i) = counted[i] ? loss[i] : Acc(0);
+    for (int64_t i = 0; i < rows && losses.data != nullptr; ++i) {
+      losses[i] = counted[i] ? loss[i] : Acc(0);
     }
   }
 
-  // x = p_factor * exponential - h_factor * H.
-  void build_gradient(Vec p_factor, Vec h_factor) {
-    const Vec constant = h_factor * Vec(static_cast<Acc>(-in.infogain.background)), minus_h = Vec(Acc(0)) - h_factor;
+  // The group's logits become p_factor * exponentials - h_factor * H, the entries of H left out.
+  void build_gradient(int64_t first, const Acc* p_factor, const Acc* h_factor) {
+    const Vec p = Vec::loadu(p_factor + first), h = Vec::loadu(h_factor + first), minus_h = Vec(Acc(0)) - h;
+    const Vec constant = h * Vec(static_cast<Acc>(-in.infogain.background));
+    const Acc *e = tile(exponentials, first), *row = tile(matrix, first);
+    Acc* g = tile(logits, first);
     for (int64_t c = 0; c < in.classes; ++c) {
-      Vec g = Vec::loadu(exponential + c * V) * p_factor;
+      Vec value = Vec::loadu(e + c * V) * p;
       if constexpr (base == Base::Constant) {
-        g = g + constant;
+        value = value + constant;
       }
       if constexpr (base == Base::Dense) {
-        g = at::vec::fmadd(Vec::loadu(matrix + c * V), minus_h, g);
+        value = at::vec::fmadd(Vec::loadu(row + c * V), minus_h, value);
       }
-      g.store(x + c * V);
+      value.store(g + c * V);
     }
-    Acc p[V], h[V];
-    p_factor.store(p);
-    h_factor.store(h);
+  }
+
+  // set(row, class, element of the gradient) for every entry of H in the group's rows.
+  template <typename Set>
+  void for_entries(int64_t first, const Acc* p_factor, const Acc* h_factor, const Set& set) const {
+    const int64_t end = rows - first < V ? rows : first + V;
+    const auto gradient = [&](int64_t i, int64_t k, Acc value) {
+      return p_factor[i] * exponentials[place(i, k)] - h_factor[i] * value;
+    };
     if (in.infogain.crow == nullptr && in.infogain.diagonal != nullptr) {
-      for (int64_t i = 0; i < active; ++i) {
-        const int64_t place = label[i] * V + i;
-        x[place] = p[i] * exponential[place] - h[i] * diagonal[i];
+      for (int64_t i = first; i < end; ++i) {
+        if (counted[i]) {
+          set(i, label[i], gradient(i, label[i], diagonal[i]));
+        }
       }
     }
-    for (int64_t i = 0; i < active && in.infogain.crow != nullptr; ++i) {
+    for (int64_t i = first; i < end && in.infogain.crow != nullptr; ++i) {
       const Entries<Acc> entries = entries_of(i);
-      for (int64_t j = 0; j < entries.count; ++j) {
-        const int64_t place = entries.col[j] * V + i;
-        x[place] = p[i] * exponential[place] - h[i] * entries.value[j];
+      for (int64_t j = 0; j < entries.count && counted[i]; ++j) {
+        set(i, entries.col[j], gradient(i, entries.col[j], entries.value[j]));
       }
     }
   }
 
   void write_gradient() {
-    const Vec up = Vec::loadu(upstream);
-    build_gradient(at::vec::fmadd(up, Vec::loadu(slope), Vec::loadu(on_lse)) / Vec::loadu(exp), up);
-    for (int64_t i = 0; i < active && !all_counted; ++i) {
-      for (int64_t c = 0; c < in.classes && !counted[i]; ++c) { // without H, and no 0 * p: p may be NaN
-        x[c * V + i] = on_lse[i] == 0 ? Acc(0) : on_lse[i] / exp[i] * exponential[c * V + i];
-      }
+    Acc p_factor[kMaxRows];
+    for (int64_t i = 0; i < rows; i += V) {
+      const Vec on_p = at::vec::fmadd(Vec::loadu(upstream + i), Vec::loadu(slope + i), Vec::loadu(on_lse + i));
+      (on_p / Vec::loadu(exp + i)).store(p_factor + i);
     }
-    rows_of(out.grad).store(in.classes, x);
+    for (int64_t first = 0; first < rows; first += V) {
+      build_gradient(first, p_factor, upstream);
+      for (int64_t i = first; i < rows && i < first + V && !all_counted; ++i) {
+        for (int64_t k = 0; k < in.classes && !counted[i]; ++k) { // without H, and no 0 * p: p may be NaN
+          const int64_t at = place(i, k);
+          logits[at] = on_lse[i] == 0 ? Acc(0) : on_lse[i] / exp[i] * exponentials[at];
+        }
+      }
+      const LaneRows<Acc> group = group_of(out.grad, first);
+      group.store(in.classes, tile(logits, first));
+      // after the store, and not in the tile: the transpose would wait for each of these scalars to reach the cache
+      for_entries(first, p_factor, upstream, [&](int64_t i, int64_t k, Acc g) { group.set(i - first, k, g); });
+    }
   }
 
   void write_norm() {
-    build_gradient(Vec::loadu(slope) / Vec::loadu(exp), Vec(Acc(1))); // a row that does not count is dealt with below
-    Vec total(Acc(0));
-    for (int64_t first = 0; first < in.classes; first += kColumnBlock) {
-      const int64_t end = in.classes - first < kColumnBlock ? in.classes : first + kColumnBlock;
-      Vec squares(Acc(0));
-      for (int64_t c = first; c < end; ++c) {
-        const Vec g = Vec::loadu(x + c * V);
-        squares = at::vec::fmadd(g, g, squares);
-      }
-      total = total + squares;
+    Acc p_factor[kMaxRows], one[kMaxRows];
+    for (int64_t i = 0; i < rows; ++i) {
+      p_factor[i] = slope[i] / exp[i];
+      one[i] = 1;
     }
-    Acc norm[V];
-    total.sqrt().store(norm);
-    for (int64_t i = 0; i < active; ++i) {
-      at(out.norm, i) = counted[i] ? norm[i] : Acc(0);
+    const Along<Acc> norms = along(out.norm);
+    for (int64_t first = 0; first < rows; first += V) {
+      build_gradient(first, p_factor, one);
+      for_entries(first, p_factor, one, [&](int64_t i, int64_t k, Acc g) { logits[place(i, k)] = g; });
+      const Acc* g = tile(logits, first);
+      Vec total(Acc(0));
+      for (int64_t begin = 0; begin < in.classes; begin += kColumnBlock) {
+        const int64_t end = in.classes - begin < kColumnBlock ? in.classes : begin + kColumnBlock;
+        Vec squares(Acc(0));
+        for (int64_t c = begin; c < end; ++c) {
+          squares = at::vec::fmadd(Vec::loadu(g + c * V), Vec::loadu(g + c * V), squares);
+        }
+        total = total + squares;
+      }
+      Acc norm[V];
+      total.sqrt().store(norm);
+      for (int64_t i = first; i < rows && i < first + V; ++i) {
+        norms[i] = counted[i] ? norm[i - first] : Acc(0);
+      }
     }
   }
 
   const SoftmaxInfogainInput<Acc>& in;
   const SoftmaxInfogainOutput<Acc>& out;
-  Acc* x;           // (C, V) logits, later the gradient
-  Acc* exponential; // (C, V)
-  Acc* matrix;      // (C, V) rows of H
+  int64_t tile_size;
+  // tiles (C, V), one for each group
+  Acc* logits; // later the gradient
+  Acc* exponentials;
+  Acc* matrix; // rows of H
 
-  int64_t outer = 0, inner = 0, active = 0; // the first row, and how many
-  int64_t label[V] = {};
-  bool counted[V] = {}, all_counted = false;
-  Acc diagonal[V] = {}; // H[l, l] where H has a diagonal
-  Acc upstream[V] = {}, on_lse[V] = {}; // upstream gradients of loss and lse
-  Acc max[V], exp[V], dot[V], mass[V], log_sum[V], slope[V] = {};
+  int64_t outer = 0, inner = 0, rows = 0; // the first row, and how many
+  int64_t label[kMaxRows] = {};
+  bool counted[kMaxRows] = {}, all_counted = false;
+  Acc diagonal[kMaxRows] = {}; // H[l, l] where H has a diagonal
+  Acc upstream[kMaxRows] = {}, on_lse[kMaxRows] = {}; // upstream gradients of loss and lse
+  Acc max[kMaxRows] = {}, exp[kMaxRows] = {}, dot[kMaxRows] = {}, mass[kMaxRows] = {}, log_sum[kMaxRows] = {};
+  Acc slope[kMaxRows] = {};
 };
 
 template <Base base, typename Acc>
 void run_by_lanes(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out) {
-  constexpr int64_t V = Vectorized<Acc>::size();
+  const int64_t block = LaneKernel<base, Acc>::groups_for(in.classes) * Vectorized<Acc>::size();
   const int64_t length = in.inner == 1 ? in.outer : in.inner; // rows in a run whose neighbours share a stride
-  const int64_t per_run = (length + V - 1) / V, runs = in.inner == 1 ? 1 : in.outer;
-  const auto groups = [&](int64_t begin, int64_t end) {
+  const int64_t per_run = (length + block - 1) / block, runs = in.inner == 1 ? 1 : in.outer;
+  const auto blocks = [&](int64_t begin, int64_t end) {
     LaneKernel<base, Acc> kernel(in, out);
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t start = group % per_run * V, n_rows = length - start < V ? length - start : V;
-      kernel(in.inner == 1 ? start : group / per_run, in.inner == 1 ? 0 : start, n_rows);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t start = i % per_run * block, n_rows = length - start < block ? length - start : block;
+      kernel(in.inner == 1 ? start : i / per_run, in.inner == 1 ? 0 : start, n_rows);
     }
   };
-  parallel_for(0, runs * per_run, kGrain / (in.classes * V) + 1, groups);
+  parallel_for(0, runs * per_run, kGrain / (in.classes * block) + 1, blocks);
 }
 
 } // namespace CPU_CAPABILITY
