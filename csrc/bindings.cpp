@@ -13,13 +13,15 @@ using at::Tensor;
 using lgd::OptionalTensor;
 using lgd::RowArguments;
 
-#define LGD_H_PARAMETERS                                                                                             \
-  const OptionalTensor &matrix, const OptionalTensor &background, const OptionalTensor &diagonal,                    \
+#define LGD_H_PARAMETERS                                                                          \
+  const OptionalTensor &matrix, const OptionalTensor &background, const OptionalTensor &diagonal, \
       const OptionalTensor &crow, const OptionalTensor &col, const OptionalTensor &values
 #define LGD_ROW_PARAMETERS \
   const Tensor &logits, const Tensor &labels, LGD_H_PARAMETERS, int64_t ignore_index, double z_loss
-#define LGD_ROW_ARGUMENTS \
-  RowArguments { logits, labels, {matrix, background, diagonal, crow, col, values}, ignore_index, z_loss }
+#define LGD_ROW_ARGUMENTS                                                                   \
+  RowArguments {                                                                            \
+    logits, labels, {matrix, background, diagonal, crow, col, values}, ignore_index, z_loss \
+  }
 
 auto softmax_infogain(LGD_ROW_PARAMETERS, const OptionalTensor& row_scale, bool need_lse, bool need_norm) {
   py::gil_scoped_release release;

@@ -8,12 +8,13 @@
 namespace lgd {
 
 void parallel_for_erased(
-    int64_t begin, int64_t end, int64_t grain, void (*body)(const void*, int64_t, int64_t),
-    const void* context) {
+    int64_t begin, int64_t end, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
   at::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(context, b, e); });
 }
 
-int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int num_threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 namespace {
 

@@ -15,10 +15,10 @@ using at::vec::Vectorized;
 
 template <typename T>
 constexpr DType dtype_of() {
-  return std::is_same_v<T, double>       ? DType::Float64
-      : std::is_same_v<T, float>         ? DType::Float32
-      : std::is_same_v<T, c10::BFloat16> ? DType::BFloat16
-                                         : DType::Float16;
+  return std::is_same_v<T, double>          ? DType::Float64
+         : std::is_same_v<T, float>         ? DType::Float32
+         : std::is_same_v<T, c10::BFloat16> ? DType::BFloat16
+                                            : DType::Float16;
 }
 
 // Call f(T{}) with the type that dtype names.
@@ -36,8 +36,12 @@ inline void visit_dtype(DType dtype, const F& f) {
   }
 }
 
-inline auto to_float(Vectorized<c10::BFloat16> v) { return at::vec::convert_bfloat16_float(v); }
-inline auto to_float(Vectorized<c10::Half> v) { return at::vec::convert_half_float(v); }
+inline auto to_float(Vectorized<c10::BFloat16> v) {
+  return at::vec::convert_bfloat16_float(v);
+}
+inline auto to_float(Vectorized<c10::Half> v) {
+  return at::vec::convert_half_float(v);
+}
 
 template <typename T>
 inline Vectorized<T> from_float(Vectorized<float> low, Vectorized<float> high) {
@@ -110,7 +114,9 @@ struct Row {
   int64_t stride;
 };
 
-inline char* element(const Row& row, int64_t index) { return row.data + index * row.stride * element_size(row.dtype); }
+inline char* element(const Row& row, int64_t index) {
+  return row.data + index * row.stride * element_size(row.dtype);
+}
 
 template <typename Acc>
 inline void store_row(const Acc* source, const Row& row, int64_t begin, int64_t count) {

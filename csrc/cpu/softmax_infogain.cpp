@@ -116,8 +116,7 @@ struct RowKernel {
   // Whether nothing is left to do: the gradient is there already, or the row is ignored and nobody asks for its lse.
   bool done_early(const Row_& row, int64_t outer, int64_t inner) const {
     const bool lse_unused = upstream_of_lse(outer, inner) == 0;
-    if (out.made_for.data != nullptr && lse_unused &&
-        out.grad_loss.at(outer, inner) == out.made_for.at(outer, inner)) {
+    if (out.made_for.data != nullptr && lse_unused && out.grad_loss.at(outer, inner) == out.made_for.at(outer, inner)) {
       return true;
     }
     if (row.counted || !lse_unused || out.lse.data != nullptr) {
@@ -342,17 +341,18 @@ void backward_matrix(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainB
 
 } // namespace
 
-#define LGD_DEFINE_SOFTMAX_INFOGAIN(Acc)                                                                                \
-  void softmax_infogain(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out) {                   \
-    with_base(in.infogain, [&](auto base) { run<decltype(base)::value>(in, out); });                                    \
-  }                                                                                                                     \
-  void softmax_infogain_double_backward(                                                                                \
-      const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainDoubleBackward<Acc>& io) {                              \
-    with_base(in.infogain, [&](auto base) { for_rows(in, DoubleBackwardKernel<decltype(base)::value, Acc>{in, io}); }); \
-  }                                                                                                                     \
-  void softmax_infogain_backward_matrix(                                                                                \
-      const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainBackwardMatrix<Acc>& io) {                              \
-    backward_matrix(in, io);                                                                                            \
+#define LGD_DEFINE_SOFTMAX_INFOGAIN(Acc)                                                                          \
+  void softmax_infogain(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out) {             \
+    with_base(in.infogain, [&](auto base) { run<decltype(base)::value>(in, out); });                              \
+  }                                                                                                               \
+  void softmax_infogain_double_backward(                                                                          \
+      const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainDoubleBackward<Acc>& io) {                        \
+    with_base(                                                                                                    \
+        in.infogain, [&](auto base) { for_rows(in, DoubleBackwardKernel<decltype(base)::value, Acc>{in, io}); }); \
+  }                                                                                                               \
+  void softmax_infogain_backward_matrix(                                                                          \
+      const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainBackwardMatrix<Acc>& io) {                        \
+    backward_matrix(in, io);                                                                                      \
   }
 
 LGD_DEFINE_SOFTMAX_INFOGAIN(float)

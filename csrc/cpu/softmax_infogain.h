@@ -53,8 +53,8 @@ struct SoftmaxInfogainInput {
 };
 
 // Outputs whose data is null are not wanted. The gradient of a row is for the upstream gradients grad_loss and grad_lse
-// (absent: 0). Where `made_for` is present, `grad` already holds the gradient for grad_loss = made_for, grad_lse = 0, and
-// only rows for which that differs are written.
+// (absent: 0). Where `made_for` is present, `grad` already holds the gradient for grad_loss = made_for, grad_lse = 0,
+// and only rows for which that differs are written.
 template <typename Acc>
 struct SoftmaxInfogainOutput {
   PerRow<Acc> loss, lse, norm;
@@ -66,8 +66,8 @@ struct SoftmaxInfogainOutput {
 template <typename Acc>
 struct SoftmaxInfogainDoubleBackward {
   PerRow<const Acc> grad_loss, grad_lse;
-  Rows grad_grad;                          // in
-  Rows grad_logits;                        // out
+  Rows grad_grad;                            // in
+  Rows grad_logits;                          // out
   PerRow<Acc> grad_grad_loss, grad_grad_lse; // out
 };
 
@@ -79,16 +79,16 @@ struct SoftmaxInfogainBackwardMatrix {
   Acc* result = nullptr;  // (n_rows, C), zeroed
 };
 
-#define LGD_DECLARE_SOFTMAX_INFOGAIN(Acc)                                                                              \
-  void softmax_infogain(const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainOutput<Acc>&);                          \
-  void softmax_infogain_double_backward(const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainDoubleBackward<Acc>&);  \
+#define LGD_DECLARE_SOFTMAX_INFOGAIN(Acc)                                                                             \
+  void softmax_infogain(const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainOutput<Acc>&);                         \
+  void softmax_infogain_double_backward(const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainDoubleBackward<Acc>&); \
   void softmax_infogain_backward_matrix(const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainBackwardMatrix<Acc>&);
 
 #ifndef CPU_CAPABILITY // the glue; the vector code defines one of them, in an inline namespace
-#define LGD_DECLARE_FOR(CAPABILITY)      \
-  namespace CAPABILITY {                 \
-  LGD_DECLARE_SOFTMAX_INFOGAIN(float)    \
-  LGD_DECLARE_SOFTMAX_INFOGAIN(double)   \
+#define LGD_DECLARE_FOR(CAPABILITY)    \
+  namespace CAPABILITY {               \
+  LGD_DECLARE_SOFTMAX_INFOGAIN(float)  \
+  LGD_DECLARE_SOFTMAX_INFOGAIN(double) \
   }
 
 LGD_DECLARE_FOR(DEFAULT)

@@ -38,7 +38,9 @@ struct LaneRows {
   bool classes_contiguous() const { return first.dtype == dtype_of<Acc>() && first.stride == 1; }
   bool lanes_contiguous() const { return lane_stride == 1; }
 
-  Row row(int64_t lane) const { return {first.data + lane * lane_stride * element_size(first.dtype), first.dtype, first.stride}; }
+  Row row(int64_t lane) const {
+    return {first.data + lane * lane_stride * element_size(first.dtype), first.dtype, first.stride};
+  }
   Acc* elements(int64_t lane, int64_t c) const {
     return reinterpret_cast<Acc*>(first.data) + (lane < active ? lane : 0) * lane_stride + c;
   }
@@ -53,7 +55,8 @@ struct LaneRows {
 
   void load(int64_t classes, Acc* tile) const {
     if (classes_contiguous()) {
-      load_transposed(classes, tile, [&](int64_t lane, int64_t c, int64_t n) { return Vec::loadu(elements(lane, c), n); });
+      load_transposed(
+          classes, tile, [&](int64_t lane, int64_t c, int64_t n) { return Vec::loadu(elements(lane, c), n); });
     } else if (lanes_contiguous()) {
       for (int64_t c = 0; c < classes; ++c) {
         load_piece({element(first, c), first.dtype, 1}, 0, active).store(tile + c * V);
@@ -113,7 +116,8 @@ struct LaneRows {
 };
 
 // A block of neighbouring rows, V to a group, in phases: between a group's load and its store lie some 300 cycles of
-// latency, which only other groups can fill (950 -> 630 cycles for 16 rows of 10 classes, with what else was moved out of the chain).
+// latency, which only other groups can fill (950 -> 630 cycles for 16 rows of 10 classes, with what else was moved out
+// of the chain).
 template <Base base, typename Acc>
 class LaneKernel {
  public:
@@ -182,7 +186,8 @@ class LaneKernel {
 
   // The V rows from `first` on, or what is left of them.
   LaneRows<Acc> group_of(const Rows& tensor, int64_t first) const {
-    const Row row = in.inner == 1 ? writable_row_at(tensor, outer + first, 0) : writable_row_at(tensor, outer, inner + first);
+    const Row row =
+        in.inner == 1 ? writable_row_at(tensor, outer + first, 0) : writable_row_at(tensor, outer, inner + first);
     return {row, in.inner == 1 ? tensor.outer_stride : tensor.inner_stride, rows - first < V ? rows - first : V};
   }
 
@@ -473,7 +478,7 @@ class LaneKernel {
   int64_t outer = 0, inner = 0, rows = 0; // the first row, and how many
   int64_t label[kMaxRows] = {};
   bool counted[kMaxRows] = {}, all_counted = false;
-  Acc diagonal[kMaxRows] = {}; // H[l, l] where H has a diagonal
+  Acc diagonal[kMaxRows] = {};                        // H[l, l] where H has a diagonal
   Acc upstream[kMaxRows] = {}, on_lse[kMaxRows] = {}; // upstream gradients of loss and lse
   Acc max[kMaxRows] = {}, exp[kMaxRows] = {}, dot[kMaxRows] = {}, mass[kMaxRows] = {}, log_sum[kMaxRows] = {};
   Acc slope[kMaxRows] = {};

@@ -23,10 +23,14 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kChunk = 32768; // classes summed at once: exponentials and logits of a chunk fit a 256 KB L2 cache
 constexpr int64_t kGrain = 16384; // elements that are worth a thread
-constexpr int64_t kBlock = 2048; // classes whose gradient is built in L1 before it is written
+constexpr int64_t kBlock = 2048;  // classes whose gradient is built in L1 before it is written
 
-inline int64_t chunks_of(int64_t classes) { return (classes + kChunk - 1) / kChunk; }
-inline int64_t chunk_size(int64_t classes, int64_t begin) { return classes - begin < kChunk ? classes - begin : kChunk; }
+inline int64_t chunks_of(int64_t classes) {
+  return (classes + kChunk - 1) / kChunk;
+}
+inline int64_t chunk_size(int64_t classes, int64_t begin) {
+  return classes - begin < kChunk ? classes - begin : kChunk;
+}
 
 // The calling thread's buffers, fetched once for many rows.
 template <typename Acc>
@@ -66,10 +70,10 @@ enum class Base { Zero, Constant, Dense };
 
 template <typename Acc>
 struct Sums {
-  Acc max = 0;  // what the logits were shifted by
-  Acc exp = 0;  // sum of exp(x - max)
-  Acc dot = 0;  // sum of H (x - max)
-  Acc mass = 0; // sum of H
+  Acc max = 0;     // what the logits were shifted by
+  Acc exp = 0;     // sum of exp(x - max)
+  Acc dot = 0;     // sum of H (x - max)
+  Acc mass = 0;    // sum of H
   Acc squares = 0; // of the gradient, where its norm is wanted
 };
 
@@ -112,8 +116,8 @@ inline Entries<Acc> entries_of_h(const InfogainView& h, int64_t label, const Acc
 // Passes over contiguous elements
 // ---------------------------------------------------------------------------------------------------------------------
 
-// `inside` in the first n lanes, `outside` in the others. (Vectorized::set is a call, for which the compiler keeps every
-// constant of the surrounding loop in memory: 8 loads for each vector.)
+// `inside` in the first n lanes, `outside` in the others. (Vectorized::set is a call, for which the compiler keeps
+// every constant of the surrounding loop in memory: 8 loads for each vector.)
 template <typename Acc>
 inline Vectorized<Acc> first_lanes(int64_t n, Vectorized<Acc> inside, Vectorized<Acc> outside) {
   using Vec = Vectorized<Acc>;
@@ -453,8 +457,8 @@ struct LabelledRow {
   // (values, first class, count). `place` gives each block the memory to be built in.
   template <typename Place, typename Sink>
   void gradient(
-      int64_t begin, Acc p_factor, Acc h_factor, const Workspace<Acc>& work, const Place& place, const Sink& sink)
-      const {
+      int64_t begin, Acc p_factor, Acc h_factor, const Workspace<Acc>& work, const Place& place,
+      const Sink& sink) const {
     const int64_t end = begin + chunk_size(classes, begin);
     const Acc* row = dense(begin, end - begin, work);
     int64_t next = 0;

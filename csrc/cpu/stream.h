@@ -9,11 +9,19 @@ namespace lgd {
 inline namespace CPU_CAPABILITY {
 
 #if defined(CPU_CAPABILITY_AVX512)
-inline void stream_vector(float* p, at::vec::Vectorized<float> v) { _mm512_stream_ps(p, v); }
-inline void stream_vector(double* p, at::vec::Vectorized<double> v) { _mm512_stream_pd(p, v); }
+inline void stream_vector(float* p, at::vec::Vectorized<float> v) {
+  _mm512_stream_ps(p, v);
+}
+inline void stream_vector(double* p, at::vec::Vectorized<double> v) {
+  _mm512_stream_pd(p, v);
+}
 #elif defined(CPU_CAPABILITY_AVX2)
-inline void stream_vector(float* p, at::vec::Vectorized<float> v) { _mm256_stream_ps(p, v); }
-inline void stream_vector(double* p, at::vec::Vectorized<double> v) { _mm256_stream_pd(p, v); }
+inline void stream_vector(float* p, at::vec::Vectorized<float> v) {
+  _mm256_stream_ps(p, v);
+}
+inline void stream_vector(double* p, at::vec::Vectorized<double> v) {
+  _mm256_stream_pd(p, v);
+}
 #else
 template <typename T>
 inline void stream_vector(T* p, at::vec::Vectorized<T> v) {

@@ -58,8 +58,8 @@ inline Vectorized<float> exp_polynomial(Vectorized<float> r) {
 inline Vectorized<double> exp_polynomial(Vectorized<double> r) {
   using Vec = Vectorized<double>;
   constexpr double inverse_factorials[] = {
-      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
-      1.0 / 24, 1.0 / 6, 1.0 / 2, 1.0, 1.0};
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
   Vec p(1.0 / 6227020800.0);
   for (const double coefficient : inverse_factorials) {
     p = at::vec::fmadd(p, r, Vec(coefficient));
@@ -90,9 +90,9 @@ alignas(64) constexpr uint32_t kPowersOfTwo[32] = {
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
 };
 
-// The same for float in 11 operations where the general code takes 14: exp(x) = 2^(n / 32) exp(r), n = round(32 x / ln 2),
-// |r| <= ln(2) / 64, with 2^(n / 32) from a table in two registers and exp(r) to degree 2 (error 5e-8). 10.9 -> 7.6 cycles
-// for 16 elements of the second pass on a Zen 4 core.
+// The same for float in 11 operations where the general code takes 14: exp(x) = 2^(n / 32) exp(r), n = round(32 x / ln
+// 2), |r| <= ln(2) / 64, with 2^(n / 32) from a table in two registers and exp(r) to degree 2 (error 5e-8). 10.9 -> 7.6
+// cycles for 16 elements of the second pass on a Zen 4 core.
 template <>
 inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ); // NaN stays

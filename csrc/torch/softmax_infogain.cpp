@@ -81,8 +81,7 @@ PerRow<T> per_row_if(const OptionalTensor& tensor) {
 template <typename Acc>
 class Call {
  public:
-  Call(const RowArguments& rows)
-      : classes_(rows.logits.size(1)), infogain_(rows.h, classes_), labels_(rows.labels) {
+  Call(const RowArguments& rows) : classes_(rows.logits.size(1)), infogain_(rows.h, classes_), labels_(rows.labels) {
     TORCH_CHECK_VALUE(rows.logits.dim() == 3, "logits: expected shape (O, C, I), got ", rows.logits.sizes());
     TORCH_CHECK_VALUE(
         labels_.dim() == 2 && labels_.size(0) == rows.logits.size(0) && labels_.size(1) == rows.logits.size(2),
@@ -204,7 +203,8 @@ struct Kernels {
       const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse,
       const at::Tensor& grad_grad) {
     Call<Acc> call(rows);
-    const at::Tensor grad_logits = empty_on_huge_pages(rows.logits), grad_grad_loss = at::empty_like(grad_loss, at::MemoryFormat::Contiguous),
+    const at::Tensor grad_logits = empty_on_huge_pages(rows.logits),
+                     grad_grad_loss = at::empty_like(grad_loss, at::MemoryFormat::Contiguous),
                      grad_grad_lse = at::empty_like(grad_grad_loss);
     SoftmaxInfogainDoubleBackward<Acc> io;
     io.grad_loss = per_row<const Acc>(grad_loss);
@@ -279,8 +279,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_infogain_double_backward(
       rows.logits, [&](auto kernels) { return kernels.double_backward(rows, grad_loss, grad_lse, grad_grad); });
 }
 
-at::Tensor softmax_infogain_backward_matrix(
-    const RowArguments& rows, int64_t n_rows, const at::Tensor& grad_loss) {
+at::Tensor softmax_infogain_backward_matrix(const RowArguments& rows, int64_t n_rows, const at::Tensor& grad_loss) {
   return with_accumulation_type(
       rows.logits, [&](auto kernels) { return kernels.backward_matrix(rows, n_rows, grad_loss); });
 }

@@ -1,0 +1,55 @@
+# Each target works as the first command on a fresh clone: it creates .venv, installs and builds what it needs.
+
+PYTHON ?= python3
+# The build of torch to install. A bare `torch` would bring several GB of CUDA packages; a torch that PYTHON already
+# has is used as it is.
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help install demo test bench lint format gates clean
+
+help:
+	@echo "make demo     train on handwritten digits by backpropagation and by gradient decoupling; table and picture"
+	@echo "make test     run the tests"
+	@echo "make bench    time the kernels against PyTorch; table, picture, bench/results/"
+	@echo "make install  create .venv and build the package into it"
+	@echo "make lint     check the style of Python and C++ (make format: apply it)"
+	@echo "make gates    the long checks: sanitizers, symbols, emulated CPUs, a machine without a compiler"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py $(SOURCES)
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $$site .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja pybind11 "numpy<2.4"
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[examples,test,lint]"
+	@touch $@
+
+demo: install
+	$(BIN)/python examples/train_digits.py
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m bench
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+gates: install
+	$(BIN)/python -m tools.gates
+
+clean:
+	rm -rf .venv build lgd_kernels/_C*.so *.egg-info
