@@ -176,7 +176,7 @@ class Infogain:
         num_classes = self.num_classes if num_classes is None else num_classes
         if num_classes is None:
             raise ValueError("num_classes: this identity was made without a number of classes; give one")
-        if self.num_classes not in (None, num_classes):
+        if self.num_classes is not None and self.num_classes != num_classes:
             raise ValueError(f"num_classes: is {num_classes}, but H is for {self.num_classes} classes")
         device = next((part.device for part in self.parts if part is not None), None)
         labels = torch.arange(num_classes, device=device).unsqueeze(1)  # (C, 1): C outer rows, 1 inner

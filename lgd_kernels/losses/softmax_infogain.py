@@ -86,7 +86,7 @@ def _parts_for(H: Infogain | None, logits: Tensor, axis: int) -> InfogainParts:
         hint = "; wrap a matrix with lgd.Infogain.dense(matrix)" if isinstance(H, Tensor) else ""
         raise TypeError(f"H: expected an lgd.Infogain, got {type(H).__name__}{hint}")
     num_classes = logits.shape[axis]
-    if H.num_classes not in (None, num_classes):
+    if H.num_classes is not None and H.num_classes != num_classes:
         raise ValueError(
             f"H: is for {H.num_classes} classes, but logits of shape {tuple(logits.shape)} have {num_classes} "
             f"along axis {axis}"

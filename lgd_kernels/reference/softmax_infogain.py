@@ -54,12 +54,13 @@ def infogain_rows(
     if diagonal is not None or (matrix is None and background is None and values is None):
         on_diagonal = flat.unsqueeze(1) == torch.arange(n_classes, device=labels.device)
         rows = rows + (on_diagonal if diagonal is None else on_diagonal * diagonal.to(dtype).expand(n_classes))
-    if values is not None:
-        first, count = crow[flat], crow.diff()[flat]
-        row = torch.repeat_interleave(torch.arange(flat.shape[0], device=labels.device), count)
-        within_row = torch.arange(row.shape[0], device=labels.device) - (count.cumsum(0) - count)[row]
-        entry = first[row] + within_row
-        rows = rows.index_put((row, col[entry]), values[entry].to(dtype))
+    if values is not None and len(values) > 0:
+        first, count = crow[flat].unsqueeze(1), crow.diff()[flat].unsqueeze(1)
+        within_row = torch.arange(int(crow.diff().max()), device=labels.device)
+        stored = within_row < count  # (rows, largest number of stored entries in a row)
+        entry = torch.where(stored, first + within_row, 0)
+        column = torch.where(stored, col[entry], n_classes)  # one column more, for what is not stored
+        rows = torch.nn.functional.pad(rows, (0, 1)).scatter(1, column, values[entry].to(dtype))[:, :n_classes]
     return rows.unflatten(0, labels.shape).movedim(-1, 1)
 
 
