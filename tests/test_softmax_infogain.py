@@ -90,6 +90,15 @@ def test_inner_sizes_around_vector_widths(kind, dtype, d):
     Problem(logits, make_labels(logits, 1), *KINDS[kind](10)).check("sum")
 
 
+@pytest.mark.parametrize("C", [1, 2, 3, 31, 63, 64, 65, 129, 2047, 2048, 2049])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@by_some_kinds
+def test_class_counts_of_columns(kind, dtype, C):
+    """Rows whose classes do not lie side by side."""
+    logits = (torch.randn(2, C, 3) * 3).to(dtype)
+    Problem(logits, make_labels(logits, 1), *KINDS[kind](C)).check()
+
+
 @pytest.mark.parametrize("N", [1, 2, 5, 16, 17, 33])
 @by_dtype
 @by_some_kinds
@@ -534,26 +543,56 @@ def test_float16_at_its_limits(kind, C):
     problem.check("mean")
 
 
+def add_special_rows(problem: Problem) -> None:
+    """Masks of -inf, rows of only -inf, NaN and +inf, in the first, a middle and the last class, in rows 0 to 14."""
+    logits, C = problem.logits, problem.logits.shape[1]
+    for i, special in enumerate((-INF, INF, torch.nan)):
+        for k, position in enumerate((0, C // 2, C - 1)):
+            logits[3 * i + k, position] = special
+    logits[9] = -INF
+    logits[10, : C - 1] = -INF
+    logits[11, 1:] = -INF
+    logits[12, C // 2], logits[12, 0] = torch.nan, INF
+    logits[13, torch.rand(C) < 0.5] = -INF
+    logits[14, problem.labels[14]] = -INF
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("C", [1, 2, 9, 16, 17, 40, 1027])
 @by_dtype
 @by_some_kinds
-def test_special_rows(kind, dtype, C):
-    """Masks of -inf, rows of only -inf, NaN and +inf, in the first, a middle and the last class, beside normal rows."""
+def test_special_rows(kind, dtype, C, columns):
     problem = make(kind, 24, C, dtype)
-    for i, special in enumerate((-INF, INF, torch.nan)):
-        for k, position in enumerate((0, C // 2, C - 1)):
-            problem.logits[3 * i + k, position] = special
-    problem.logits[9] = -INF
-    problem.logits[10, : C - 1] = -INF
-    problem.logits[11, 1:] = -INF
-    problem.logits[12, C // 2], problem.logits[12, 0] = torch.nan, INF
-    problem.logits[13, torch.rand(C) < 0.5] = -INF
-    problem.logits[14, problem.labels[14]] = -INF
+    if columns:
+        problem.logits = problem.logits.T.contiguous().T
+    add_special_rows(problem)
     problem.check("none")
-    problem.logits[14:] = torch.randn(10, C)
-    problem.logits, problem.labels = problem.logits[14:], problem.labels[14:]
-    del problem.exact, problem.plain
-    problem.check("mean")
+    problem = Problem(problem.logits[13:], problem.labels[13:], problem.H, problem.dense)
+    problem.logits[torch.from_numpy(np.isnan(problem.exact.loss))] = 0
+    Problem(problem.logits, problem.labels, problem.H, problem.dense).check("mean")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_special_long_rows(dtype, columns):
+    """Whole stretches of -inf, and NaN and +inf at either end of rows that are summed in pieces."""
+    C = 100_003
+    logits = (torch.randn(10, C) * 3).to(dtype)
+    logits[0, :70_000] = logits[1, 30_000:] = logits[2, 32_768:65_536] = -INF
+    logits[3] = -INF
+    logits[4, : C - 1] = -INF
+    logits[5, 0] = logits[6, C - 1] = torch.nan
+    logits[7, 0] = logits[8, C - 1] = INF
+    labels = torch.tensor([80_000, 100, 0, 5, C - 1, 0, 0, 0, 0, 40_000])
+    if columns:
+        logits = logits.T.contiguous().T
+    rows = torch.zeros(10, C, dtype=torch.float64)
+    rows[torch.arange(10), labels] = 1
+    problem = Problem(logits, labels, None, rows)
+    problem.exact = oracle.softmax_infogain(array(logits), np.arange(10), array(rows))
+    problem.plain = oracle.plain_softmax_infogain(logits, torch.arange(10), rows)
+    assert np.isnan(problem.exact.loss.astype(float)).tolist() == [False] * 3 + [True] + [False] + [True] * 4 + [False]
+    problem.check("none")
 
 
 @pytest.mark.parametrize("masked", [0, 5, 15, 16, 18])
@@ -637,6 +676,19 @@ def test_the_bits_of_a_row_do_not_depend_on_the_batch(compiled, kind, dtype, N, 
             assert torch.equal(a[0], b[i])
     for a, b in zip(permuted, whole, strict=True):
         assert torch.equal(a, b[order])
+
+
+@pytest.mark.parametrize("kind", SOME_KINDS)
+@by_dtype
+@pytest.mark.parametrize("C", [7, 100, 2500])
+def test_the_bits_of_a_column_do_not_depend_on_the_batch(compiled, kind, dtype, C):
+    logits = (torch.randn(2, C, 19) * 3).to(dtype)
+    labels, (H, _) = make_labels(logits, 1), KINDS[kind](C)
+    whole = loss_and_grad(logits, labels, H)
+    for n, i in ((0, 0), (1, 7), (1, 18)):
+        alone = loss_and_grad(logits[n : n + 1, :, i : i + 1], labels[n : n + 1, i : i + 1], H)
+        for a, b in zip(alone, whole, strict=True):
+            assert torch.equal(a[0, ..., 0], b[n, ..., i])
 
 
 @by_dtype
