@@ -63,4 +63,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("softmax_infogain_backward_", &softmax_infogain_backward_);
   m.def("softmax_infogain_double_backward", &softmax_infogain_double_backward);
   m.def("softmax_infogain_backward_matrix", &softmax_infogain_backward_matrix);
+  m.def("count_labels", &lgd::count_labels);
 }

@@ -133,12 +133,19 @@ _define(
     ),
     lambda info, in_dims, *args: _vmap_by_loop(softmax_infogain_backward_matrix, info, in_dims, *args),
 )
+_define(
+    "count_labels",
+    "(Tensor labels, int ignore_index) -> Tensor",
+    lambda labels, ignore_index: labels.new_empty(()),
+    lambda info, in_dims, *args: _vmap_by_loop(count_labels, info, in_dims, *args),
+)
 
 softmax_infogain = torch.ops.lgd_kernels.softmax_infogain.default
 softmax_infogain_backward = torch.ops.lgd_kernels.softmax_infogain_backward.default
 softmax_infogain_backward_ = torch.ops.lgd_kernels.softmax_infogain_backward_.default
 softmax_infogain_double_backward = torch.ops.lgd_kernels.softmax_infogain_double_backward.default
 softmax_infogain_backward_matrix = torch.ops.lgd_kernels.softmax_infogain_backward_matrix.default
+count_labels = torch.ops.lgd_kernels.count_labels.default
 
 # ---------------------------------------------------------------------------------------------------------------------
 # local_residual and decoupled_linear. Lists have one entry per layer. Activations and hidden losses are positions in

@@ -2,6 +2,7 @@
 // whose classes are not contiguous but whose neighbours are (images, (N, C, H, W)). All reductions are vertical.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -45,13 +46,7 @@ struct LaneRows {
     return reinterpret_cast<Acc*>(first.data) + (lane < active ? lane : 0) * lane_stride + c;
   }
 
-  void set(int64_t lane, int64_t c, Acc value) const {
-    if (first.dtype == dtype_of<Acc>()) {
-      *reinterpret_cast<Acc*>(element(row(lane), c)) = value;
-    } else {
-      store_row(&value, row(lane), c, 1);
-    }
-  }
+  void set(int64_t lane, int64_t c, Acc value) const { store_row(&value, row(lane), c, 1); }
 
   void load(int64_t classes, Acc* tile) const {
     if (classes_contiguous()) {
@@ -198,16 +193,7 @@ class LaneKernel {
   // Labels, of which unusable ones become 0 and do not count, and upstream gradients.
   void read_rows() {
     const Along<const int64_t> labels = along(in.labels);
-    const int64_t ignored = in.ignore_index, n_rows = in.infogain.n_rows;
-    bool all = true;
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t l = labels[i];
-      const bool usable = l != ignored && static_cast<uint64_t>(l) < static_cast<uint64_t>(n_rows);
-      counted[i] = usable;
-      label[i] = usable ? l : 0;
-      all &= usable;
-    }
-    all_counted = all;
+    all_counted = labels.stride == 1 ? read_labels<1>(labels) : read_labels<0>(labels);
     read(out.grad_loss, upstream);
     read(out.grad_lse, on_lse);
     for (int64_t i = 0; i < rows && !all_counted; ++i) {
@@ -218,9 +204,28 @@ class LaneKernel {
     }
   }
 
+  // Whether all count. fixed_stride: 1 where the labels lie side by side, which the compiler then vectorizes, else 0.
+  template <int64_t fixed_stride>
+  bool read_labels(Along<const int64_t> labels) {
+    const int64_t ignored = in.ignore_index, stride = fixed_stride == 1 ? 1 : labels.stride;
+    const uint64_t n_rows = in.infogain.n_rows;
+    int64_t unusable = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t l = labels.data[i * stride];
+      const bool usable = (l != ignored) & (static_cast<uint64_t>(l) < n_rows);
+      label[i] = usable ? l : 0;
+      counted[i] = usable;
+      unusable += !usable;
+    }
+    return unusable == 0;
+  }
+
   void read(const PerRow<const Acc>& source, Acc* values) const {
     const Along<const Acc> from = along(source);
-    for (int64_t i = 0; i < rows && from.data != nullptr; ++i) {
+    if (from.data != nullptr && from.stride == 0) {
+      std::fill(values, values + rows, *from.data);
+    }
+    for (int64_t i = 0; i < rows && from.data != nullptr && from.stride != 0; ++i) {
       values[i] = from[i];
     }
   }
@@ -267,9 +272,8 @@ class LaneKernel {
       mass_total = mass_total + mass_sum;
     }
     if constexpr (base == Base::Constant) {
-      const Vec background(static_cast<Acc>(in.infogain.background));
-      dot_total = dot_total * background;
-      mass_total = background * Vec(static_cast<Acc>(in.classes));
+      dot_total = dot_total * Vec(background());
+      mass_total = Vec(background()) * Vec(static_cast<Acc>(in.classes));
     }
     m.store(max + first);
     exp_total.store(exp + first);
@@ -278,9 +282,9 @@ class LaneKernel {
     log_at_least_one(exp_total).store(log_sum + first);
   }
 
-  Acc base_at(int64_t i, int64_t k) const {
-    return base == Base::Dense ? matrix[place(i, k)] : static_cast<Acc>(in.infogain.background);
-  }
+  Acc background() const { return static_cast<Acc>(in.infogain.background); }
+
+  Acc base_at(int64_t i, int64_t k) const { return base == Base::Dense ? matrix[place(i, k)] : background(); }
 
   Entries<Acc> entries_of(int64_t i) const { return entries_of_h<Acc>(in.infogain, label[i], diagonal[i], label[i]); }
 
@@ -305,10 +309,14 @@ class LaneKernel {
   void add_diagonal() {
     const Along<const Acc> values{static_cast<const Acc*>(in.infogain.diagonal), in.infogain.diagonal_stride};
     Acc logit[kMaxRows], extra[kMaxRows];
-    for (int64_t i = 0; i < rows; ++i) {
-      logit[i] = logits[place(i, label[i])];
-      extra[i] = values[label[i]];
-      diagonal[i] = extra[i] + base_at(i, label[i]);
+    for (int64_t first = 0; first < rows; first += V) {
+      const Acc *x = tile(logits, first), *h = tile(matrix, first);
+      for (int64_t i = 0; i < V; ++i) { // label 0 past the end
+        const int64_t l = label[first + i], at = l * V + i;
+        logit[first + i] = x[at];
+        extra[first + i] = values[l];
+        diagonal[first + i] = values[l] + (base == Base::Dense ? h[at] : background());
+      }
     }
     for (int64_t i = 0; i < rows; i += V) {
       const Vec d = Vec::loadu(logit + i) - Vec::loadu(max + i), more = Vec::loadu(extra + i);
@@ -381,7 +389,7 @@ class LaneKernel {
   // The group's logits become p_factor * exponentials - h_factor * H, the entries of H left out.
   void build_gradient(int64_t first, const Acc* p_factor, const Acc* h_factor) {
     const Vec p = Vec::loadu(p_factor + first), h = Vec::loadu(h_factor + first), minus_h = Vec(Acc(0)) - h;
-    const Vec constant = h * Vec(static_cast<Acc>(-in.infogain.background));
+    const Vec constant = h * Vec(-background());
     const Acc *e = tile(exponentials, first), *row = tile(matrix, first);
     Acc* g = tile(logits, first);
     for (int64_t c = 0; c < in.classes; ++c) {
@@ -400,20 +408,19 @@ class LaneKernel {
   template <typename Set>
   void for_entries(int64_t first, const Acc* p_factor, const Acc* h_factor, const Set& set) const {
     const int64_t end = rows - first < V ? rows : first + V;
-    const auto gradient = [&](int64_t i, int64_t k, Acc value) {
-      return p_factor[i] * exponentials[place(i, k)] - h_factor[i] * value;
-    };
+    const Acc* e = tile(exponentials, first) - first;
     if (in.infogain.crow == nullptr && in.infogain.diagonal != nullptr) {
       for (int64_t i = first; i < end; ++i) {
         if (counted[i]) {
-          set(i, label[i], gradient(i, label[i], diagonal[i]));
+          set(i, label[i], p_factor[i] * e[label[i] * V + i] - h_factor[i] * diagonal[i]);
         }
       }
     }
     for (int64_t i = first; i < end && in.infogain.crow != nullptr; ++i) {
       const Entries<Acc> entries = entries_of(i);
       for (int64_t j = 0; j < entries.count && counted[i]; ++j) {
-        set(i, entries.col[j], gradient(i, entries.col[j], entries.value[j]));
+        const int64_t k = entries.col[j];
+        set(i, k, p_factor[i] * e[k * V + i] - h_factor[i] * entries.value[j]);
       }
     }
   }
@@ -435,7 +442,15 @@ class LaneKernel {
       const LaneRows<Acc> group = group_of(out.grad, first);
       group.store(in.classes, tile(logits, first));
       // after the store, and not in the tile: the transpose would wait for each of these scalars to reach the cache
-      for_entries(first, p_factor, upstream, [&](int64_t i, int64_t k, Acc g) { group.set(i - first, k, g); });
+      if (group.classes_contiguous()) {
+        Acc* g = group.elements(0, 0);
+        for_entries(first, p_factor, upstream, [&, stride = group.lane_stride](int64_t i, int64_t k, Acc value) {
+          g[(i - first) * stride + k] = value;
+        });
+      } else {
+        for_entries(
+            first, p_factor, upstream, [&](int64_t i, int64_t k, Acc value) { group.set(i - first, k, value); });
+      }
     }
   }
 

@@ -284,4 +284,16 @@ at::Tensor softmax_infogain_backward_matrix(const RowArguments& rows, int64_t n_
       rows.logits, [&](auto kernels) { return kernels.backward_matrix(rows, n_rows, grad_loss); });
 }
 
+at::Tensor count_labels(const at::Tensor& labels, int64_t ignore_index) {
+  const at::Tensor flat = labels.reshape({-1});
+  TORCH_CHECK_TYPE(flat.scalar_type() == at::kLong, "labels: dtype must be int64, got ", flat.scalar_type());
+  const int64_t* data = flat.const_data_ptr<int64_t>();
+  const int64_t stride = flat.stride(0);
+  int64_t count = 0;
+  for (int64_t i = 0; i < flat.numel(); ++i) {
+    count += data[i * stride] != ignore_index;
+  }
+  return at::scalar_tensor(count, labels.options());
+}
+
 } // namespace lgd

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lgd_kernels import ops
 from lgd_kernels.autograd.softmax_infogain import softmax_infogain
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
@@ -143,7 +144,7 @@ def _denominator(rows: _Rows, normalization: str | None) -> Tensor | float:
         return float(max(outer, 1))
     if normalization == "full":
         return float(max(outer * inner, 1))
-    valid = (rows.labels != rows.ignore_index).sum().to(accumulation_dtype(rows.logits.dtype))
+    valid = ops.count_labels(rows.labels, rows.ignore_index).to(accumulation_dtype(rows.logits.dtype))
     return valid if normalization is None else valid.clamp_min(1)
 
 

@@ -14,6 +14,7 @@ from lgd_kernels.reference.local_residual import local_residual, local_residual_
 from lgd_kernels.reference.softmax_infogain import (
     SoftmaxInfogainTerms,
     accumulation_dtype,
+    count_labels,
     infogain_rows,
     second_derivative,
     softmax_infogain,
@@ -28,6 +29,7 @@ __all__ = [
     "HIDDEN_LOSSES",
     "SoftmaxInfogainTerms",
     "accumulation_dtype",
+    "count_labels",
     "decoupled_linear",
     "decoupled_linear_backward",
     "decoupled_linear_tangent",

@@ -252,3 +252,8 @@ def softmax_infogain_backward_matrix(
     contribution = torch.where(counted.unsqueeze(1), contribution, 0).movedim(1, -1)
     result = x.new_zeros(n_rows, logits.shape[1])
     return result.index_add(0, torch.where(counted, labels, 0).flatten(), contribution.reshape(-1, logits.shape[1]))
+
+
+def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """How many labels are not `ignore_index`: an int64 tensor without dimensions."""
+    return (labels != ignore_index).sum()
