@@ -6,6 +6,7 @@ ordinary extension. Without a C++ compiler the package installs all the same and
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,8 @@ CAPABILITIES = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 bug 105593 in its own AVX-512 header
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns of its own AVX-512 header (bug 105593)
 # for instance "-fsanitize=address,undefined -g": used by `make gates`
 EXTRA_FLAGS = os.environ.get("LGD_EXTRA_CXX_FLAGS", "").split()
 
@@ -43,6 +45,15 @@ EXTRA_FLAGS = os.environ.get("LGD_EXTRA_CXX_FLAGS", "").split()
 def compiler() -> str | None:
     """The C++ compiler, or None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def why_not_built() -> str | None:
+    """Why the extension cannot be built on this machine; None if it can."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the CPU kernels are for x86-64 and this machine is {platform.machine()}"
+    if compiler() is None:
+        return "no C++ compiler was found; install g++ and install lgd_kernels again to get the fast kernels"
+    return None
 
 
 class BuildWithVectorCode(BuildExtension):
@@ -86,12 +97,8 @@ class BuildWithVectorCode(BuildExtension):
 
 def extensions() -> list:
     """The extension, or nothing where it cannot be built."""
-    if compiler() is None:
-        print(
-            "lgd_kernels: no C++ compiler found, so the fast CPU kernels are not built and the package runs on its "
-            "plain PyTorch reference. Install g++ and install lgd_kernels again to get them.",
-            file=sys.stderr,
-        )
+    if reason := why_not_built():
+        print(f"lgd_kernels: installing without compiled kernels, on the PyTorch reference: {reason}", file=sys.stderr)
         return []
     extension = CppExtension(
         "lgd_kernels._C",
