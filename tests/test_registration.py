@@ -77,7 +77,8 @@ def test_opcheck_on_views_and_on_nothing():
         torch.library.opcheck(ops.softmax_infogain_backward, (logits, *rows[1:], per_row(), per_row()))
 
 
-def test_opcheck_of_the_checks():
+def test_opcheck_of_the_small_ops():
+    torch.library.opcheck(ops.count_labels, (torch.randint(3, (4, 5)), 2))
     matrix = torch.eye(4).to_sparse_csr()
     torch.library.opcheck(ops.check_finite, (torch.ones(3), "matrix"))
     torch.library.opcheck(ops.check_not_negative, (torch.ones(3), "matrix"))

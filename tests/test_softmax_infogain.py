@@ -34,8 +34,8 @@ def sharpened(problem: Problem) -> Problem:
 
 
 def test_the_compiled_extension_has_every_op():
-    wanted = [name for name in ops.names() if name.startswith("softmax_infogain")]
-    assert len(wanted) == 5
+    wanted = [name for name in ops.names() if name.startswith("softmax_infogain")] + ["count_labels"]
+    assert len(wanted) == 6
     if backends.extension is not None:
         assert [name for name in wanted if not backends.has_kernel(name, "cpu")] == []
 
@@ -465,6 +465,26 @@ def test_ignored_rows_are_zero_whatever_is_in_them(kind, dtype, bad):
     (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss), create_graph=True)
     (product,) = torch.autograd.grad(grad, logits, torch.ones_like(grad))
     assert (product[[0, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_an_ignored_row_may_have_any_weight(reduction):
+    problem = make("dense_negative", 6, 17, sample_weight=torch.rand(6))
+    problem.labels[[1, 4]] = -100
+    expected = problem.loss(reduction=reduction)
+    problem.sample_weight[[1, 4]] = torch.tensor([torch.nan, INF])
+    weight = problem.sample_weight.requires_grad_()
+    loss, norm = problem.loss(reduction=reduction, return_grad_norm=True)
+    assert torch.equal(loss, expected)
+    assert (norm[[1, 4]] == 0).all()
+    (grad,) = torch.autograd.grad(loss.sum(), weight)
+    assert (grad[[1, 4]] == 0).all()
+
+
+def test_count_labels():
+    labels = torch.randint(3, (7, 50))
+    for view in (labels, labels.T, labels[::2, 3::5], labels[:0], labels[:1].expand(9, 50)):
+        assert ops.count_labels(view, 2).item() == sum(label != 2 for label in view.flatten().tolist())
 
 
 @by_some_kinds

@@ -124,7 +124,9 @@ def _canonical(
         _check_per_row("sample_weight", sample_weight, logits, axis)
         if sample_weight.dtype not in _FLOATING:
             raise TypeError(f"sample_weight: dtype must be floating, got {sample_weight.dtype}")
-        weight = _in_rows(sample_weight, logits, axis).to(accumulation_dtype(logits.dtype))
+        counts = labels != ignore_index  # what an ignored row weighs is nobody's business: it may be NaN
+        weight = torch.where(counts, sample_weight.to(accumulation_dtype(logits.dtype)), 0)
+        weight = _in_rows(weight, logits, axis)
     parts = _parts_for(H, logits, axis)
     rows = _as_three_dimensions(logits, axis)
     return _Rows(rows, _in_rows(labels, logits, axis).to(torch.int64), parts, ignore_index, z_loss, weight)
