@@ -262,6 +262,10 @@ struct DoubleBackwardKernel {
 
     const Acc factor = (upstream * slope + on_lse) / sums.exp, rest = 2 * z * upstream * mean_v / sums.exp;
     const Row target = writable_row_at(io.grad_logits, outer, inner);
+    if (!row.counted && on_lse == 0) {
+      store_zeros<Acc>(target, in.classes); // not 0 * p: p may be NaN
+      return;
+    }
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
       const int64_t begin = c * kChunk, count = chunk_size(in.classes, begin);
       const Acc* e = exponentials(row, c, sums, w);

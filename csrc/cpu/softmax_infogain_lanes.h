@@ -19,7 +19,7 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kShortRow = 64;        // contiguous rows up to this length go by lanes
 constexpr int64_t kLongestColumn = 2048; // rows with another stride do up to this length: the tiles stay in L2
-constexpr int64_t kColumnBlock = 64;     // classes added up before they join the total, for accuracy
+constexpr int64_t kColumnBlock = 16;     // classes added up before they join the total, for accuracy
 
 // Depends on the shape and stride of a row alone, never on how many there are.
 template <typename Acc>
