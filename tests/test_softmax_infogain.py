@@ -107,6 +107,14 @@ def test_row_counts(kind, dtype, N):
         make(kind, N, C, dtype).check()
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((5000, 10), 1), ((300, 500), 1), ((3, 10, 2001), 1), ((130, 900), 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@by_some_kinds
+def test_enough_rows_for_many_threads(kind, dtype, shape, axis):
+    logits = (torch.randn(shape) * 3).to(dtype)
+    Problem(logits, make_labels(logits, axis), *KINDS[kind](shape[axis]), axis=axis).check()
+
+
 @pytest.mark.parametrize("C", [32767, 32768, 32769, 65537, 100003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("kind", ["none", "diagonal", "label_smoothing", "sparse"])
@@ -197,6 +205,27 @@ def test_a_retained_graph_gives_the_same_gradient_every_time(reduction, weighted
         (grad,) = torch.autograd.grad(loss, logits, torch.tensor(upstream), retain_graph=retain)
         problem.assert_grad(grad, upstream, reduction)
         grad.fill_(torch.nan)  # whoever gets a gradient may write into it
+
+
+@pytest.mark.parametrize("layout", ["N_C", "N_C_d", "C_N_d"])
+@pytest.mark.parametrize("C", [9, 100])
+@by_dtype
+@by_some_kinds
+def test_a_gradient_made_in_advance_is_corrected_where_it_must_be(kind, dtype, layout, C):
+    """Rows for which the upstream gradient is the expected one keep theirs, also among others that do not."""
+    logits, axis = LAYOUTS[layout](37, C, dtype)
+    x = logits.movedim(axis, 1).reshape(37, C, -1)
+    problem = Problem(x, make_labels(x, 1), *KINDS[kind](C))
+    upstream = torch.randn(problem.labels.shape, dtype=problem.accumulated)
+    expected = torch.where(torch.rand(upstream.shape) < 0.9, upstream, 1.0)
+    expected[:16] = upstream[:16]
+    rows = (x, problem.labels, *(problem.H.parts if problem.H else [None] * 6), -100, 0.0)
+    _, _, grad, _ = ops.softmax_infogain(*rows, expected, False, False)
+    before = grad.clone()
+    ops.softmax_infogain_backward_(grad, expected, *rows, upstream, None)
+    same = (expected == upstream).unsqueeze(1).expand_as(grad)
+    assert torch.equal(grad[same], before[same])
+    problem.assert_grad(grad, upstream, "none")
 
 
 def test_accumulating_from_a_retained_graph():
@@ -547,6 +576,25 @@ def test_equal_logits(kind, dtype):
         problem = make(kind, 4, 33, dtype)
         problem.logits.fill_(value)
         problem.check("none")
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("C", [16, 33, 64, 100, 1000, 2000, 5000, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_small_terms_beside_a_large_one(dtype, C, columns):
+    """Equal small terms added one by one to a large one are all rounded alike: the errors add up."""
+    below = torch.linspace(-13, -3, 16, dtype=dtype) if dtype == torch.float32 else torch.linspace(-33, -3, 16).double()
+    logits = below[:, None].repeat(1, C)
+    labels = torch.arange(16) % C
+    logits[torch.arange(16), labels] = 0
+    if columns:
+        logits = logits.T.contiguous().T
+    rows = torch.zeros(16, C, dtype=torch.float64)
+    rows[torch.arange(16), labels] = 1
+    problem = Problem(logits, labels, None, rows)
+    problem.exact = oracle.softmax_infogain(array(logits), np.arange(16), array(rows))
+    problem.plain = oracle.plain_softmax_infogain(logits, torch.arange(16), rows)
+    problem.check("sum")
 
 
 @pytest.mark.parametrize("C", [2, 16, 33, 1000])
