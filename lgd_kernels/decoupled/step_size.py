@@ -1,0 +1,22 @@
+"""The size of the steps of the hidden values: 1 / curvature is stable, and twice that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def largest_curvature(gradient: Callable[[Tensor], Tensor], z: Tensor, *, iterations: int = 10) -> float:
+    """Mean over the samples of the largest eigenvalue of each sample's Hessian, by power iteration.
+
+    gradient: z -> gradient of a sum over samples, in the shape of z. z: (T, n, d); sample i is z[:, i]. The Hessian's
+    product with a direction v is the difference quotient of the gradient along v.
+    """
+    # the step balances the rounding of the gradient against its change of slope at the kinks of relu
+    step, at_z, v = 1e-2, gradient(z), torch.randn_like(z)
+    for _ in range(iterations):
+        v = v / v.norm(dim=(0, 2), keepdim=True).clamp_min(1e-30)
+        v = (gradient(z + step * v) - at_z) / step
+    return float(v.norm(dim=(0, 2)).mean())
