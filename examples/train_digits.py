@@ -224,8 +224,11 @@ def plot(runs: list[Run], path: Path) -> None:
             ax.plot(epochs, residual, color=layers(t), linewidth=1.8)
         ax.set(title=f"Hidden residuals, {run.name}", xlabel="epoch", yscale="log")
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(alpha=0.25, which="both")
-    axes[1].sharey(axes[2])
+    limits = [ax.get_ylim() for ax in axes[1:]]
+    for ax in axes[1:]:
+        ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     axes[1].set_ylabel("rms of e / rms of z (%)")
     numbered = matplotlib.cm.ScalarMappable(matplotlib.colors.BoundaryNorm([t + 0.5 for t in range(depth + 1)], depth))
     numbered.set_cmap(layers)
