@@ -223,8 +223,9 @@ def plot(runs: list[Run], path: Path) -> None:
         for t, residual in enumerate(torch.stack(run.residual).T * 100):
             ax.plot(epochs, residual, color=layers(t), linewidth=1.8)
         ax.set(title=f"Hidden residuals, {run.name}", xlabel="epoch", yscale="log")
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
         ax.grid(alpha=0.25, which="both")
     limits = [ax.get_ylim() for ax in axes[1:]]
     for ax in axes[1:]:
