@@ -52,7 +52,7 @@ inline void transpose_tile(int64_t n, const Load& load, const Store& store) {
   for (int j = 0; j < V; ++j) {
     if (j < n) {
       Vec column;
-      std::memcpy(&column, &rows[j], sizeof(column));
+      std::memcpy(static_cast<void*>(&column), &rows[j], sizeof(column));
       store(j, column);
     }
   }

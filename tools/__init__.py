@@ -1,0 +1,1 @@
+"""What serves the work on the package and is not part of it."""
