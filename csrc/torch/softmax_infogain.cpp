@@ -72,9 +72,25 @@ PerRow<T> per_row(const at::Tensor& tensor) {
   return {const_cast<T*>(tensor.const_data_ptr<std::remove_const_t<T>>()), tensor.stride(0), tensor.stride(1)};
 }
 
+// An input with one element for every row of the logits.
 template <typename T>
-PerRow<T> per_row_if(const OptionalTensor& tensor) {
-  return tensor ? per_row<T>(*tensor) : PerRow<T>{};
+PerRow<const T> row_input(const RowArguments& rows, const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 2 && tensor.size(0) == rows.logits.size(0) && tensor.size(1) == rows.logits.size(2), name,
+      ": expected shape (", rows.logits.size(0), ", ", rows.logits.size(2), "), got ", tensor.sizes());
+  return per_row<const T>(tensor);
+}
+
+template <typename T>
+PerRow<const T> row_input(const RowArguments& rows, const OptionalTensor& tensor, const char* name) {
+  return tensor ? row_input<T>(rows, *tensor, name) : PerRow<const T>{};
+}
+
+// A tensor in the shape of the logits.
+Rows like_logits(const RowArguments& rows, const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(
+      tensor.sizes() == rows.logits.sizes(), name, ": expected shape ", rows.logits.sizes(), ", got ", tensor.sizes());
+  return rows_of(tensor, name);
 }
 
 // One call of a kernel: its input, and the check of the labels once it has run.
@@ -180,7 +196,7 @@ struct Kernels {
     }
     at::Tensor grad = row_scale ? empty_on_huge_pages(rows.logits) : at::empty({0}, rows.logits.options());
     if (row_scale) {
-      want_gradient(out, grad, *row_scale, std::nullopt);
+      want_gradient(rows, out, grad, *row_scale, std::nullopt);
     }
     LGD_RUN(call, softmax_infogain, (call.input, out));
     return {loss, lse, grad, norm};
@@ -189,13 +205,14 @@ struct Kernels {
   static void backward(
       const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse,
       const OptionalTensor& made_for, const at::Tensor& grad) {
-    if (made_for && !grad_lse && agree<Acc>(grad_loss, *made_for)) {
+    like_logits(rows, grad, "grad");
+    if (made_for && !grad_lse && grad_loss.sizes() == made_for->sizes() && agree<Acc>(grad_loss, *made_for)) {
       return;
     }
     Call<Acc> call(rows);
     SoftmaxInfogainOutput<Acc> out;
-    want_gradient(out, grad, grad_loss, grad_lse);
-    out.made_for = per_row_if<const Acc>(made_for);
+    want_gradient(rows, out, grad, grad_loss, grad_lse);
+    out.made_for = row_input<Acc>(rows, made_for, "row_scale");
     LGD_RUN(call, softmax_infogain, (call.input, out));
   }
 
@@ -207,9 +224,9 @@ struct Kernels {
                      grad_grad_loss = at::empty_like(grad_loss, at::MemoryFormat::Contiguous),
                      grad_grad_lse = at::empty_like(grad_grad_loss);
     SoftmaxInfogainDoubleBackward<Acc> io;
-    io.grad_loss = per_row<const Acc>(grad_loss);
-    io.grad_lse = per_row_if<const Acc>(grad_lse);
-    io.grad_grad = rows_of(grad_grad, "grad_grad");
+    io.grad_loss = row_input<Acc>(rows, grad_loss, "grad_loss");
+    io.grad_lse = row_input<Acc>(rows, grad_lse, "grad_lse");
+    io.grad_grad = like_logits(rows, grad_grad, "grad_grad");
     io.grad_logits = rows_of(grad_logits, "logits");
     io.grad_grad_loss = per_row<Acc>(grad_grad_loss);
     io.grad_grad_lse = per_row<Acc>(grad_grad_lse);
@@ -224,7 +241,7 @@ struct Kernels {
     const at::Tensor result = at::zeros({n_rows, call.input.classes}, options);
     const at::Tensor working_space = at::empty({2, call.input.outer * call.input.inner}, options);
     SoftmaxInfogainBackwardMatrix<Acc> io;
-    io.grad_loss = per_row<const Acc>(grad_loss);
+    io.grad_loss = row_input<Acc>(rows, grad_loss, "grad_loss");
     io.max = working_space.data_ptr<Acc>();
     io.log_sum = io.max + working_space.size(1);
     io.result = result.data_ptr<Acc>();
@@ -234,11 +251,11 @@ struct Kernels {
 
  private:
   static void want_gradient(
-      SoftmaxInfogainOutput<Acc>& out, const at::Tensor& grad, const at::Tensor& grad_loss,
+      const RowArguments& rows, SoftmaxInfogainOutput<Acc>& out, const at::Tensor& grad, const at::Tensor& grad_loss,
       const OptionalTensor& grad_lse) {
-    out.grad = rows_of(grad, "grad");
-    out.grad_loss = per_row<const Acc>(grad_loss);
-    out.grad_lse = per_row_if<const Acc>(grad_lse);
+    out.grad = like_logits(rows, grad, "grad");
+    out.grad_loss = row_input<Acc>(rows, grad_loss, "grad_loss");
+    out.grad_lse = row_input<Acc>(rows, grad_lse, "grad_lse");
     out.stream_grad = static_cast<int64_t>(grad.nbytes()) >= kStreamFrom;
   }
 };
