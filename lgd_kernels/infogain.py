@@ -22,7 +22,7 @@ _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 class InfogainParts(NamedTuple):
     """What the ops take of H: H = matrix + background + diag(diagonal), then the stored values (CSR) take the place of
-    what is there. Without any part H is the identity."""
+    what is there. Without any part H is the identity. A matrix excludes a background, a diagonal excludes values."""
 
     matrix: Tensor | None = None  # (C, C)
     background: Tensor | None = None  # ()
@@ -76,6 +76,9 @@ class Infogain:
     """
 
     def __init__(self, kind: str, num_classes: int | None, parts: InfogainParts):
+        for one, other in (("matrix", "background"), ("diagonal", "values")):
+            if getattr(parts, one) is not None and getattr(parts, other) is not None:
+                raise ValueError(f"parts: {one} and {other} cannot be combined; write them as one tensor")
         self.kind, self.num_classes, self.parts = kind, num_classes, parts
 
     @classmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import lgd_kernels as lgd
+from lgd_kernels.infogain import InfogainParts
 
 Infogain = lgd.Infogain
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -107,6 +108,20 @@ def _diagonal_strided(C):
     return Infogain.diagonal(weight), weight.double().diag()
 
 
+def _dense_with_diagonal(C):
+    """As `SoftmaxInfogainLoss` stores class weights with label smoothing."""
+    matrix, diagonal = torch.rand(C).expand(C, C), torch.rand(C)
+    H = Infogain("mine", C, InfogainParts(matrix=matrix, diagonal=diagonal))
+    return H, matrix.double() + diagonal.double().diag()
+
+
+def _dense_with_stored_values(C):
+    stored, values = _stored_entries(C)
+    sparse, matrix = torch.where(stored, values, 0).to_sparse(), torch.rand(C, C)
+    H = Infogain("mine", C, Infogain.sparse(sparse).parts._replace(matrix=matrix))
+    return H, torch.where(stored & (values != 0), values, matrix).double()
+
+
 def _from_distance(C):
     position = torch.arange(C, dtype=torch.float64)
     distance = (position[:, None] - position).abs()
@@ -132,6 +147,8 @@ KINDS: dict[str, Callable[[int], tuple[Infogain | None, Tensor]]] = {
     "dense_zero_row_sums": _dense_zero_row_sums,
     "dense_transposed": _dense_transposed,
     "dense_one_row_for_all": _dense_one_row_for_all,
+    "dense_with_diagonal": _dense_with_diagonal,
+    "dense_with_stored_values": _dense_with_stored_values,
     "from_distance": _from_distance,
 }
 # one of each way in which the kernels read H

@@ -12,6 +12,7 @@ import torch
 
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops
+from lgd_kernels.infogain import InfogainParts
 
 Infogain, Loss = lgd.Infogain, lgd.SoftmaxInfogainLoss
 LOGITS, LABELS = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
@@ -246,7 +247,18 @@ def with_entry(value):
 
 
 FLOATING = "must be float64, float32, bfloat16 or float16"
+ZERO, ONES = torch.zeros(4, dtype=torch.int64), torch.ones(3)
 INFOGAIN_CASES = {
+    "a matrix and a background": (
+        lambda: Infogain("mine", 3, InfogainParts(matrix=torch.eye(3), background=torch.tensor(0.1))),
+        ValueError,
+        "parts: matrix and background cannot be combined",
+    ),
+    "a diagonal and stored values": (
+        lambda: Infogain("mine", 3, InfogainParts(diagonal=ONES, crow=ZERO, col=ZERO[:0], values=ONES[:0])),
+        ValueError,
+        "parts: diagonal and values cannot be combined",
+    ),
     "dense not a tensor": (lambda: Infogain.dense([[1.0]]), TypeError, "matrix: expected a torch.Tensor, got list"),
     "dense of integers": (
         lambda: Infogain.dense(torch.ones(3, 3, dtype=torch.int64)),

@@ -329,9 +329,11 @@ def test_autocast():
     mixed = [tensors[0].detach().bfloat16().requires_grad_(), *tensors[1:]]
     with torch.autocast("cpu", torch.bfloat16):
         energies = loss(*mixed, skip=1.0)
-    assert torch.equal(energies, loss(mixed[0].float(), *mixed[1:], skip=1.0))
-    grads = torch.autograd.grad(energies.sum(), mixed)
+    full = loss(mixed[0].float(), *mixed[1:], skip=1.0)
+    assert torch.equal(energies, full)
+    grads, of_full = torch.autograd.grad(energies.sum(), mixed), torch.autograd.grad(full.sum(), mixed)
     assert [grad.dtype for grad in grads] == [torch.bfloat16] + [torch.float32] * 3
+    assert all(torch.equal(grad, expected) for grad, expected in zip(grads, of_full, strict=True))
     double = make(2, 3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(*double, skip=1.0), loss(*double, skip=1.0)) and loss(*double).dtype == torch.float64

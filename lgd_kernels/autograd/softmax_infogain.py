@@ -112,7 +112,7 @@ class SoftmaxInfogain(torch.autograd.Function):
 
         grad_parts = [None] * _N_PARTS
         if any(needs_parts):
-            only_matrix = not any(needs_parts[1:])
+            only_matrix = not any(needs_parts[1:]) and parts[5] is None  # stored values hide some of it
             if only_matrix and not differentiable:
                 grad_parts[0] = ops.softmax_infogain_backward_matrix(
                     logits, labels, parts[0].shape[0], ctx.ignore_index, grad_loss

@@ -12,10 +12,11 @@ def largest_curvature(gradient: Callable[[Tensor], Tensor], z: Tensor, *, iterat
     """Mean over the samples of the largest eigenvalue of each sample's Hessian, by power iteration.
 
     gradient: z -> gradient of a sum over samples, in the shape of z. z: (T, n, d); sample i is z[:, i]. The Hessian's
-    product with a direction v is the difference quotient of the gradient along v.
+    product with a direction v is the difference quotient of the gradient along v. The first direction is random but
+    the same in every call.
     """
-    # the step balances the rounding of the gradient against its change of slope at the kinks of relu
-    step, at_z, v = 1e-2, gradient(z), torch.randn_like(z)
+    step, at_z = 1e-2, gradient(z)  # a longer step meets the kinks of relu, a shorter one the rounding of the gradient
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
     for _ in range(iterations):
         v = v / v.norm(dim=(0, 2), keepdim=True).clamp_min(1e-30)
         v = (gradient(z + step * v) - at_z) / step

@@ -27,8 +27,13 @@ class Batch(NamedTuple):
 class Sweep(NamedTuple):
     """All layers of the net, judged at one z."""
 
-    layers: Judgement  # of the first and the hidden layers, each (depth, n, width)
+    first: Judgement  # each (1, n, width)
+    hidden: Judgement  # each (depth - 1, n, width)
     output_delta: Tensor  # dL/dlogits, (1, n, n_classes)
+
+    def residual(self) -> Tensor:
+        """e_1 .. e_depth, (depth, n, width)."""
+        return torch.cat([self.first.residual, self.hidden.residual])
 
 
 def _sweep(net: ResidualNet, batch: Batch, z: Tensor, multiplier: Tensor | None, rho: float, dual_step: float) -> Sweep:
@@ -39,15 +44,13 @@ def _sweep(net: ResidualNet, batch: Batch, z: Tensor, multiplier: Tensor | None,
     logits, labels = net.output.forward(z[-1]).unsqueeze(2), batch.labels.unsqueeze(1)
     row_scale = logits.new_ones(labels.shape)
     _, _, delta, _ = ops.softmax_infogain(logits, labels, *batch.H.parts, -100, 0.0, row_scale, False, False)
-    layers = Judgement(*(torch.cat(pair) for pair in zip(first, hidden, strict=True)))
-    return Sweep(layers, delta.squeeze(2).unsqueeze(0))
+    return Sweep(first, hidden, delta.squeeze(2).unsqueeze(0))
 
 
 def _gradient(net: ResidualNet, z: Tensor, sweep: Sweep) -> Tensor:
     """dE/dz (depth, n, width): from the layer that z_t is the target of, and from the one that it is the input of."""
-    _, delta, q = sweep.layers
-    gradient = q.clone()
-    gradient[:-1] += net.hidden.gradients(z[:-1], delta[1:], q[1:], of_parameters=False)[0]
+    gradient = torch.cat([sweep.first.q, sweep.hidden.q])
+    gradient[:-1] += net.hidden.gradients(z[:-1], sweep.hidden.delta, sweep.hidden.q, of_parameters=False)[0]
     gradient[-1:] += net.output.gradients(z[-1:], sweep.output_delta, sweep.output_delta, of_parameters=False)[0]
     return gradient
 
@@ -82,19 +85,18 @@ def visit_(
         dual = 0.0 if k == 0 or multiplier is None else dual_step
         sweep = _sweep(net, batch, z, multiplier, rho, dual)
         if dual != 0:
-            multiplier.add_(sweep.layers.residual, alpha=dual)
+            multiplier.add_(sweep.residual(), alpha=dual)
         if k < steps:
             z.sub_(_gradient(net, z, sweep), alpha=step_size)
     _set_gradients(net, batch, z, sweep)
-    return sweep.layers.residual
+    return sweep.residual()
 
 
 def _set_gradients(net: ResidualNet, batch: Batch, z: Tensor, sweep: Sweep) -> None:
-    _, delta, q = sweep.layers
-    for stack, inputs, of_logits, of_target in (
-        (net.first, batch.x.unsqueeze(0), delta[:1], q[:1]),
-        (net.hidden, z[:-1], delta[1:], q[1:]),
+    for stack, inputs, delta, q in (
+        (net.first, batch.x.unsqueeze(0), sweep.first.delta, sweep.first.q),
+        (net.hidden, z[:-1], sweep.hidden.delta, sweep.hidden.q),
         (net.output, z[-1:], sweep.output_delta, sweep.output_delta),
     ):
-        _, grad_weight, grad_bias = stack.gradients(inputs, of_logits, of_target, of_parameters=True)
+        _, grad_weight, grad_bias = stack.gradients(inputs, delta, q, of_parameters=True)
         stack.weight.grad, stack.bias.grad = grad_weight / len(batch.x), grad_bias / len(batch.x)

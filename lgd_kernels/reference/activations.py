@@ -18,9 +18,9 @@ _TANH_SCALE, _TANH_STRETCH = 1.7159, 2 / 3  # LeCun et al., "Efficient BackProp"
 _GELU_STRETCH, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715  # Hendrycks & Gimpel, arXiv:1606.08415
 
 
-def _step(x: Tensor, below: float) -> Tensor:
-    """1 for x > 0, `below` for x <= 0, NaN for NaN."""
-    return torch.where(x > 0, 1.0, torch.where(x <= 0, below, x))
+def _step(x: Tensor) -> Tensor:
+    """1 for x > 0, 0 for x <= 0, NaN for NaN."""
+    return torch.ceil(x.clamp(0, 1))
 
 
 def _one_minus_square(y: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _gelu_tanh_derivative(x: Tensor) -> Tensor:
 # name: (function, derivative)
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "identity": (lambda x: x, torch.ones_like),
-    "relu": (torch.relu, lambda x: _step(x, 0.0)),
+    "relu": (torch.relu, _step),
     "tanh": (torch.tanh, lambda x: _one_minus_square(torch.tanh(x))),
     "scaled_tanh": (
         lambda x: _TANH_SCALE * torch.tanh(_TANH_STRETCH * x),
@@ -61,7 +61,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
     "gelu_tanh": (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), _gelu_tanh_derivative),
     "leaky_relu": (
         lambda x: torch.nn.functional.leaky_relu(x, LEAKY_SLOPE),
-        lambda x: _step(x, LEAKY_SLOPE),
+        lambda x: LEAKY_SLOPE + (1 - LEAKY_SLOPE) * _step(x),
     ),
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)

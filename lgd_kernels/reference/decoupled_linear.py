@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels.reference.activations import IDENTITY, activate, times_derivative
-from lgd_kernels.reference.local_residual import layer_energy, layer_of, layer_residual, stacked
+from lgd_kernels.reference.local_residual import layer_energy, layer_residual, layers_of, stacked
 from lgd_kernels.reference.softmax_infogain import accumulation_dtype
 
 
@@ -21,8 +21,11 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     The operands are copied, because the bits of a library's product depend on where its operands start in memory, and
     the layers of a stack do not all start at a multiple of 64 bytes.
     """
+    a, b = a.to(b.dtype, copy=True).to(dtype), b.to(dtype, copy=True)
+    if not torch.is_autocast_enabled(a.device.type):
+        return torch.mm(a, b)
     with torch.autocast(a.device.type, enabled=False):  # it would round the sums too
-        return torch.mm(a.to(b.dtype, copy=True).to(dtype), b.to(dtype, copy=True))
+        return torch.mm(a, b)
 
 
 def _functions(activation: int, preactivation: bool) -> tuple[int, int]:
@@ -65,13 +68,13 @@ def decoupled_linear(
     Energies have the accumulation type, the other outputs the dtype of z; what is not asked for has no elements.
     """
     accumulate = accumulation_dtype(z.dtype)
+    tensors = (layers_of(x, z.shape[0], accumulate) for x in (z, bias, target, multiplier))
     energies, residuals, deltas, qs = [], [], [], []
-    for t in range(z.shape[0]):
+    for t, (x, b, y, lambda_) in enumerate(zip(*tensors, strict=True)):
         phi, f = _functions(activation[t], preactivation)
-        x = z[t].to(accumulate, copy=True)  # as in _product
-        a = _layer_logits(x, weight[t], layer_of(bias, t, accumulate), phi, branch_scale[t])
-        e = layer_residual(a, target[t].to(accumulate), x, f, skip[t])
-        energy, q = layer_energy(e, layer_of(multiplier, t, accumulate), hidden_loss, kappa, rho[t], dual_step[t])
+        a = _layer_logits(x, weight[t], b, phi, branch_scale[t])
+        e = layer_residual(a, y, x, f, skip[t])
+        energy, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], dual_step[t])
         energies.append(energy)
         residuals.append(e)
         if need_gradient:
@@ -110,20 +113,22 @@ def decoupled_linear_backward(
     has no elements. With these formulas any delta = dL/da may be carried on, that of an output layer too.
     """
     accumulate = accumulation_dtype(z.dtype)
+    tensors = (layers_of(x, z.shape[0], accumulate) for x in (z, q, grad_energy))
     grad_z, grad_weight, grad_bias = [], [], []
-    for t in range(z.shape[0]):
+    for t, (x, of_target, upstream) in enumerate(zip(*tensors, strict=True)):
         phi, _ = _functions(activation[t], preactivation)
-        x, scale = z[t].to(accumulate, copy=True), 1 if grad_energy is None else grad_energy[t].to(accumulate)
+        scale = branch_scale[t] if upstream is None else branch_scale[t] * upstream
         if need_z:
-            gradient = times_derivative(phi, x, branch_scale[t] * _product(delta[t], weight[t], accumulate))
+            gradient = times_derivative(phi, x, scale * _product(delta[t], weight[t], accumulate))
             if skip[t] != 0:
-                gradient = gradient - skip[t] * q[t].to(accumulate)
-            grad_z.append(scale * gradient)
+                gradient = gradient - (skip[t] if upstream is None else skip[t] * upstream) * of_target
+            grad_z.append(gradient)
         if need_weight:
             operand = activate(phi, x).to(weight.dtype)
-            grad_weight.append(scale * branch_scale[t] * _product(delta[t].t(), operand, accumulate))
+            grad_weight.append(scale * _product(delta[t].t(), operand, accumulate))
         if need_bias:
-            grad_bias.append(scale * delta[t].to(accumulate).sum(0))
+            gradient = delta[t].to(accumulate).sum(0)
+            grad_bias.append(gradient if upstream is None else upstream * gradient)
     return (
         stacked(grad_z, z.shape[1:], z, z.dtype, need_z),
         stacked(grad_weight, weight.shape[1:], z, weight.dtype, need_weight),
@@ -159,27 +164,27 @@ def decoupled_linear_tangent(
     Differentiable in everything, which gives the second derivatives of the energies.
     """
     accumulate = accumulation_dtype(z.dtype)
+    stacks = (z, bias, target, multiplier, z_t, bias_t, target_t, multiplier_t)
+    tensors = (layers_of(x, z.shape[0], accumulate) for x in stacks)
     tangents = []
-    for t in range(z.shape[0]):
+    for t, (x, b, y, lambda_, x_t, b_t, y_t, lambda_t) in enumerate(zip(*tensors, strict=True)):
         phi, f = _functions(activation[t], preactivation)
-        x = z[t].to(accumulate, copy=True)  # as in _product
-        a = _layer_logits(x, weight[t], layer_of(bias, t, accumulate), phi, branch_scale[t])
-        e = layer_residual(a, target[t].to(accumulate), x, f, skip[t])
-        _, q = layer_energy(e, layer_of(multiplier, t, accumulate), hidden_loss, kappa, rho[t], 0.0)
+        a = _layer_logits(x, weight[t], b, phi, branch_scale[t])
+        e = layer_residual(a, y, x, f, skip[t])
+        _, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], 0.0)
         a_t, e_t = torch.zeros_like(a), torch.zeros_like(e)
-        if z_t is not None:
-            x_t = z_t[t].to(accumulate)
+        if x_t is not None:
             a_t = a_t + branch_scale[t] * _product(times_derivative(phi, x, x_t), weight[t].t(), accumulate)
             if skip[t] != 0:
                 e_t = e_t - skip[t] * x_t
         if weight_t is not None:
             a_t = a_t + branch_scale[t] * _product(activate(phi, x), weight_t[t].t(), accumulate)
-        if bias_t is not None:
-            a_t = a_t + bias_t[t].to(accumulate)
-        if target_t is not None:
-            e_t = e_t + target_t[t].to(accumulate)
+        if b_t is not None:
+            a_t = a_t + b_t
+        if y_t is not None:
+            e_t = e_t + y_t
         tangent = q * (e_t - times_derivative(f, a, a_t))
-        if multiplier_t is not None:
-            tangent = tangent + multiplier_t[t].to(accumulate) * e
+        if lambda_t is not None:
+            tangent = tangent + lambda_t * e
         tangents.append(tangent.sum(1).sum(0))
     return stacked(tangents, (), z, accumulate)

@@ -29,9 +29,11 @@ def stacked(
     return torch.stack([layer.to(dtype) for layer in layers])
 
 
-def layer_of(tensor: Tensor | None, t: int, dtype: torch.dtype) -> Tensor | None:
-    """Layer t of an optional stack, in `dtype`."""
-    return None if tensor is None else tensor[t].to(dtype)
+def layers_of(tensor: Tensor | None, n_layers: int, dtype: torch.dtype) -> Sequence[Tensor | None]:
+    """The layers of an optional stack, in `dtype`."""
+    if tensor is None:
+        return [None] * n_layers
+    return [layer.to(dtype) for layer in tensor.unbind(0)]
 
 
 def layer_residual(logits: Tensor, target: Tensor, skip_input: Tensor | None, activation: int, skip: float) -> Tensor:
@@ -81,11 +83,11 @@ def local_residual(
     Energies have the accumulation type, the other outputs the logits' dtype; what is not asked for has no elements.
     """
     accumulate = accumulation_dtype(logits.dtype)
+    tensors = (layers_of(x, logits.shape[0], accumulate) for x in (logits, target, multiplier, skip_input))
     energies, residuals, deltas, qs = [], [], [], []
-    for t in range(logits.shape[0]):
-        a, z = logits[t].to(accumulate, copy=True), layer_of(skip_input, t, accumulate)
-        e = layer_residual(a, target[t].to(accumulate), z, activation[t], skip[t])
-        energy, q = layer_energy(e, layer_of(multiplier, t, accumulate), hidden_loss, kappa, rho[t], dual_step[t])
+    for t, (a, y, lambda_, x) in enumerate(zip(*tensors, strict=True)):
+        e = layer_residual(a, y, x, activation[t], skip[t])
+        energy, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], dual_step[t])
         energies.append(energy)
         residuals.append(e)
         if need_gradient:
@@ -123,20 +125,19 @@ def local_residual_tangent(
     Differentiable in everything, which gives the second derivatives of the energies.
     """
     accumulate = accumulation_dtype(logits.dtype)
+    stacks = (logits, target, multiplier, skip_input, logits_t, target_t, multiplier_t, skip_input_t)
+    tensors = (layers_of(x, logits.shape[0], accumulate) for x in stacks)
     tangents = []
-    for t in range(logits.shape[0]):
-        a, z = logits[t].to(accumulate, copy=True), layer_of(skip_input, t, accumulate)
-        e = layer_residual(a, target[t].to(accumulate), z, activation[t], skip[t])
-        _, q = layer_energy(e, layer_of(multiplier, t, accumulate), hidden_loss, kappa, rho[t], 0.0)
+    for t, (a, y, lambda_, x, a_t, y_t, lambda_t, x_t) in enumerate(zip(*tensors, strict=True)):
+        e = layer_residual(a, y, x, activation[t], skip[t])
+        _, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], 0.0)
         e_t = torch.zeros_like(e)
-        if target_t is not None:
-            e_t = e_t + target_t[t].to(accumulate)
-        if skip_input_t is not None and skip[t] != 0:
-            e_t = e_t - skip[t] * skip_input_t[t].to(accumulate)
-        if logits_t is not None:
-            e_t = e_t - times_derivative(activation[t], a, logits_t[t].to(accumulate))
-        tangent = q * e_t
-        if multiplier_t is not None:
-            tangent = tangent + multiplier_t[t].to(accumulate) * e
+        if y_t is not None:
+            e_t = e_t + y_t
+        if x_t is not None and skip[t] != 0:
+            e_t = e_t - skip[t] * x_t
+        if a_t is not None:
+            e_t = e_t - times_derivative(activation[t], a, a_t)
+        tangent = q * e_t if lambda_t is None else q * e_t + lambda_t * e
         tangents.append(tangent.sum(1).sum(0))
     return stacked(tangents, (), logits, accumulate)
