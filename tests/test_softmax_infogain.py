@@ -13,6 +13,7 @@ from tolerance import accumulation_dtype, assert_accurate
 
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops
+from lgd_kernels.infogain import InfogainParts
 
 pytestmark = pytest.mark.usefixtures("backend", "nan_prefill")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -338,14 +339,14 @@ def test_gradient_of_the_tensors_of_H(kind, dtype, reduction):
     problem = make(kind, 29, C, dtype, sample_weight=torch.rand(29), z_loss=0.01, ignore_index=2)
     problem.labels[3] = 2
     parts = problem.H.parts._asdict()
-    trained = {
-        name: t.detach().clone().requires_grad_() for name, t in parts.items() if t is not None and "c" not in name[:1]
-    }
-    trained.pop("crow", None), trained.pop("col", None)
-    problem.H = lgd.Infogain(kind, C, type(problem.H.parts)(**{**parts, **trained}))
-    loss = problem.loss(reduction=reduction)
-    upstream = torch.randn_like(loss)
-    grads = torch.autograd.grad(loss, list(trained.values()), upstream)
+    names = [name for name in ("matrix", "background", "diagonal", "values") if parts[name] is not None]
+    upstream = torch.randn(problem.labels.shape if reduction == "none" else ()).to(dtype)
+
+    def gradients(*names):
+        """Of a problem in which these parts of H, and only these, are trained."""
+        trained = {name: parts[name].detach().clone().requires_grad_() for name in names}
+        problem.H = lgd.Infogain(kind, C, InfogainParts(**{**parts, **trained}))
+        return torch.autograd.grad(problem.loss(reduction=reduction), list(trained.values()), upstream)
 
     up = problem.upstream_of_rows(upstream if reduction == "none" else upstream.item(), reduction)
     exact, plain, scale = np.zeros((C, C), np.longdouble), np.zeros((C, C), problem.plain.p.dtype), 0 * np.eye(C)
@@ -365,10 +366,9 @@ def test_gradient_of_the_tensors_of_H(kind, dtype, reduction):
         "diagonal": lambda dense: np.asarray(np.trace(dense)) if diagonal_sums else np.diagonal(dense),
         "values": lambda dense: dense[stored],
     }
-    alone = [torch.autograd.grad(problem.loss(reduction=reduction), tensor, upstream)[0] for tensor in trained.values()]
-    for name, *results in zip(trained, grads, alone, strict=True):
-        for grad in results:
-            assert grad.dtype == trained[name].dtype
+    for name, together in zip(names, gradients(*names), strict=True):
+        for grad in (together, *gradients(name)):
+            assert grad.dtype == parts[name].dtype
             expected = (pick[name](dense) for dense in (exact, plain, scale))
             assert_accurate(grad, *expected, problem.accumulated, name)
 
