@@ -50,8 +50,10 @@ def rows_for_opcheck(kind, dtype, shape=(3, 5, 2)):
     return (logits, labels, *(NO_H if H is None else H.parts), -100, 0.01), per_row
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@by_some_kinds
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.float32) for kind in SOME_KINDS), *(("dense_negative", t) for t in DTYPES if t != torch.float32)],
+)
 def test_opcheck(kind, dtype):
     rows, per_row = rows_for_opcheck(kind, dtype)
     logits, labels = rows[:2]
@@ -108,11 +110,7 @@ def check_gradients(function, *inputs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_of_logits(kind):
     logits, labels, H, _ = problem(kind)
-    for reduction in REDUCTIONS:
-        check_gradients(
-            lambda x, reduction=reduction: lgd.softmax_infogain_loss(x, labels, H, reduction=reduction),
-            logits.requires_grad_(),
-        )
+    check_gradients(lambda x: lgd.softmax_infogain_loss(x, labels, H), logits.requires_grad_())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
