@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: help install demo test bench lint format gates clean
@@ -23,10 +24,11 @@ install: .venv/installed
 .venv/installed: pyproject.toml setup.py $(SOURCES)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $$site .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja pybind11 "numpy<2.4"
+	$(PIP) "setuptools>=77" wheel ninja pybind11 "numpy<2.4"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[examples,test,lint]"
+	$(PIP) "$(TORCH)"
+	@echo "Building the kernels, once for each instruction set: about two minutes on two cores"
+	PYTHONWARNINGS="ignore:Editable installation" $(PIP) --no-build-isolation --editable ".[examples,test,lint]"
 	@touch $@
 
 demo: install

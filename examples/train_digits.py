@@ -37,9 +37,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BATCH_SIZE = 128
-LEARNING_RATE = (
-    3e-2  # Adam, falling to 0 along a cosine; so large because the weights are N(0, 1) times explicit scales
-)
+LEARNING_RATE = 3e-2  # Adam, falling to 0 along a cosine; large because the weights are N(0, 1) times explicit scales
 BURN_IN = 64  # steps of the hidden values before the first weight moves
 Z_STEPS = 8  # steps of the hidden values in one visit of a minibatch
 RHO = 0.05  # weight of the hidden error; at 1 the hidden values are too slow: 95.4 % instead of 97.8 (5 seeds)
@@ -235,13 +233,40 @@ def plot(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
+def at_least(smallest: int):
+    """An argument type: a whole number from `smallest` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {value}")
+        return value
+
+    return parse
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--depth", type=int, default=4, metavar="N", help="number of hidden layers, at least 2 (default: %(default)s)")
-    add("--width", type=int, default=64, metavar="N", help="units of a hidden layer (default: %(default)s)")
+    add(
+        "--depth",
+        type=at_least(2),
+        default=4,
+        metavar="N",
+        help="number of hidden layers, 2 or more (default: %(default)s)",
+    )
+    add("--width", type=at_least(1), default=64, metavar="N", help="units of a hidden layer (default: %(default)s)")
     add("--activation", choices=ACTIVATIONS, default="relu", help="default: %(default)s")
-    add("--epochs", type=int, default=50, metavar="N", help="passes over the training images (default: %(default)s)")
+    add(
+        "--epochs",
+        type=at_least(1),
+        default=50,
+        metavar="N",
+        help="passes over the training images (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of weights and order of images (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add(

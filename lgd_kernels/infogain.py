@@ -119,17 +119,21 @@ class Infogain:
 
         The cost of the loss does not depend on the number of stored entries per row while that is far below C.
 
-        matrix: (C, C), a sparse tensor (CSR, or any layout that converts to it) or a dense one, whose non-zero
+        matrix: (C, C), a sparse tensor (CSR, or any layout that converts to COO) or a dense one, whose non-zero
         entries are then the stored ones. Raises ValueError for indices out of range or repeated in a row.
         """
         if not isinstance(matrix, Tensor):
             raise TypeError(f"matrix: expected a torch.Tensor, got {type(matrix).__name__}")
-        if matrix.layout != torch.sparse_csr:
-            matrix = (matrix.coalesce() if matrix.layout == torch.sparse_coo else matrix).to_sparse_csr()
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix: must be square (C, C), got {tuple(matrix.shape)}")
-        num_classes, values = matrix.shape[0], _checked("matrix", matrix.values(), dim=1)
-        crow, col = matrix.crow_indices().detach().to(torch.int64), matrix.col_indices().detach().to(torch.int64)
+        num_classes = matrix.shape[0]
+        if matrix.layout == torch.sparse_csr:
+            crow, col = matrix.crow_indices().detach().to(torch.int64), matrix.col_indices().detach().to(torch.int64)
+        else:  # not by way of a CSR tensor, which warns that it is in beta
+            matrix = (matrix if matrix.layout == torch.sparse_coo else matrix.to_sparse_coo()).coalesce()
+            row, col = matrix.indices().detach()
+            crow = torch.searchsorted(row.contiguous(), torch.arange(num_classes + 1, device=row.device))
+        values = _checked("matrix", matrix.values(), dim=1)
         if not values.requires_grad:
             values = values.detach()  # no longer a view of the sparse tensor, which compilers cannot trace
         ops.check_csr(crow, col, num_classes)

@@ -115,9 +115,9 @@ inline Vectorized<float> log_at_least_one(Vectorized<float> x) {
   using Vec = Vectorized<float>;
   using Int = Vectorized<int32_t>;
   const Int bits = at::vec::cast<int32_t>(x);
-  // x = 2^e m with m in [sqrt(1/2), sqrt(2)): move the border from 1 to sqrt(1/2) before splitting
-  const Int moved = bits + Int(0x3f800000 - 0x3f3504f3);
-  const Vec e = at::vec::convert_to_fp_of_same_size<float>((moved >> Int(23)) - Int(127));
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2) before splitting
+  const Int moved = bits - Int(0x3f3504f3);
+  const Vec e = at::vec::convert_to_fp_of_same_size<float>(moved >> Int(23));
   const Vec m = at::vec::cast<float>((moved & Int(0x007fffff)) + Int(0x3f3504f3)) - Vec(1.0f);
   const Vec z = m * m;
   Vec p = at::vec::fmadd(Vec(7.0376836292e-2f), m, Vec(-1.1514610310e-1f));

@@ -15,7 +15,11 @@ CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each includes the ones before it
 
 
 class GateError(Exception):
-    """Why a gate failed, in words for its reader."""
+    """Why a gate failed, in words for its reader; with the whole output of the command that failed, if one did."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 def run(
@@ -34,7 +38,8 @@ def run(
     )
     if completed.returncode != 0:
         tail = "\n".join(completed.stdout.splitlines()[-60:])
-        raise GateError(f"{what}: exit status {completed.returncode}; the end of its output:\n{tail}")
+        message = f"{what}: exit status {completed.returncode}; the end of its output:\n{tail}"
+        raise GateError(message, completed.stdout)
     return completed.stdout
 
 

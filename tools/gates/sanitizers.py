@@ -48,7 +48,7 @@ def _check(library: Path, preload: str, capability: str) -> str:
     reports = FOLDER / "sanitizers" / f"report-{capability}"
     for old in reports.parent.glob(f"{reports.name}.*"):
         old.unlink()
-    command = [sys.executable, *pytest_command(library, capability, 2, TESTS, EXPRESSION)]
+    command = [sys.executable, *pytest_command(library, capability, 2, TESTS, EXPRESSION), "--capture=sys"]
     failure = None
     try:
         output = run(
@@ -68,5 +68,6 @@ def _check(library: Path, preload: str, capability: str) -> str:
     if found:
         raise GateError(f"{capability}: {len(found)} sanitizer reports, the first:\n{found[0].read_text()[:6000]}")
     if failure is not None:
-        raise failure
+        start = failure.output.find("runtime error:")  # UBSan writes to stderr when ASan is there too
+        raise failure if start < 0 else GateError(f"{capability}: {failure.output[max(start - 300, 0) :][:6000]}")
     return f"{capability}: {summary(output)}, no report"
