@@ -28,6 +28,7 @@ VECTOR_SOURCES = [CPU / "softmax_infogain.cpp"]
 COMMON_SOURCES = [
     "csrc/bindings.cpp",
     "csrc/torch/common.cpp",
+    "csrc/torch/huge_pages.cpp",
     "csrc/torch/softmax_infogain.cpp",
     "csrc/cpu/parallel.cpp",
 ]
@@ -38,6 +39,7 @@ CAPABILITIES = {
 }
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns of its own AVX-512 header (bug 105593)
+CXX_FLAGS += ["-Wno-psabi"]  # vectors wider than the baseline has are passed between inlined functions only
 # for instance "-fsanitize=address,undefined -g": used by `make gates`
 EXTRA_FLAGS = os.environ.get("LGD_EXTRA_CXX_FLAGS", "").split()
 

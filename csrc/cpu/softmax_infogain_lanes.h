@@ -11,6 +11,7 @@
 #include "rows.h"
 #include "softmax_infogain.h"
 #include "softmax_infogain_row.h"
+#include "stream.h"
 #include "transpose.h"
 #include "vec_math.h"
 
@@ -27,85 +28,156 @@ inline bool goes_by_lanes(const SoftmaxInfogainInput<Acc>& in) {
   return in.classes > 0 && in.classes <= (in.logits.class_stride == 1 ? kShortRow : kLongestColumn);
 }
 
-// `active` rows of one tensor, one per lane, and their transfer from and to tiles with tile[c * V + lane].
+// Neighbouring rows of one tensor, V to a group, and their transfer from and to tiles: element c of row i lies at
+// tiles[i / V * (classes * V) + c * V + i % V].
 template <typename Acc>
 struct LaneRows {
   using Vec = Vectorized<Acc>;
   static constexpr int64_t V = Vec::size();
-  Row first;           // the row of lane 0
-  int64_t lane_stride; // in elements, between the rows of neighbouring lanes
-  int64_t active;
+  Row first;       // the first row
+  int64_t stride;  // in elements, between neighbouring rows
+  int64_t count;   // of the rows
+  int64_t classes; // of one row
 
-  bool classes_contiguous() const { return first.dtype == dtype_of<Acc>() && first.stride == 1; }
-  bool lanes_contiguous() const { return lane_stride == 1; }
+  Row row(int64_t i) const { return {first.data + i * stride * element_size(first.dtype), first.dtype, first.stride}; }
+  void set(int64_t i, int64_t c, Acc value) const { store_row(&value, row(i), c, 1); }
 
-  Row row(int64_t lane) const {
-    return {first.data + lane * lane_stride * element_size(first.dtype), first.dtype, first.stride};
-  }
-  Acc* elements(int64_t lane, int64_t c) const {
-    return reinterpret_cast<Acc*>(first.data) + (lane < active ? lane : 0) * lane_stride + c;
-  }
-
-  void set(int64_t lane, int64_t c, Acc value) const { store_row(&value, row(lane), c, 1); }
-
-  void load(int64_t classes, Acc* tile) const {
-    if (classes_contiguous()) {
-      load_transposed(
-          classes, tile, [&](int64_t lane, int64_t c, int64_t n) { return Vec::loadu(elements(lane, c), n); });
-    } else if (lanes_contiguous()) {
-      for (int64_t c = 0; c < classes; ++c) {
-        load_piece({element(first, c), first.dtype, 1}, 0, active).store(tile + c * V);
+  void load(Acc* tiles) const {
+    if (by_class()) {
+      for_groups_of_classes([&](int64_t c, int64_t start, int64_t n) {
+        Acc buffer[V];
+        const ConstRow source = {element(first, c), first.dtype, 1};
+        Vec::loadu(load_row(source, start, n, buffer), n).store(tiles + start * classes + c * V);
+      });
+      return;
+    }
+    const Acc* base = own_rows();
+    int64_t step = stride;
+    if (base == nullptr) {
+      Acc* all = scratch_of<Acc>(Scratch::Gradient, count * classes);
+      for (int64_t i = 0; i < rows_at_once(); ++i) {
+        load_row<Acc>({row(i).data, first.dtype, first.stride}, 0, classes_at_once(), all + i * classes);
       }
-    } else {
-      load_transposed(classes, tile, [&](int64_t lane, int64_t c, int64_t n) {
-        const Row source = row(lane < active ? lane : 0);
-        return load_piece({source.data, source.dtype, source.stride}, c, n);
+      base = all;
+      step = classes;
+    }
+    for (int64_t start = 0; start < count; start += V) {
+      const Acc* group = base + start * step;
+      load_group(classes, in_group(start), tiles + start * classes, [group, step](int64_t lane, int64_t c, Acc*) {
+        return group + lane * step + c;
       });
     }
   }
 
-  void store(int64_t classes, const Acc* tile) const {
-    if (classes_contiguous()) {
-      store_transposed(
-          classes, tile, [&](int64_t lane, int64_t c, int64_t n, Vec v) { v.store(elements(lane, c), n); });
-    } else if (lanes_contiguous()) {
-      for (int64_t c = 0; c < classes; ++c) {
-        store_row(tile + c * V, {element(first, c), first.dtype, 1}, 0, active);
-      }
-    } else {
-      store_transposed(classes, tile, [&](int64_t lane, int64_t c, int64_t n, Vec v) {
-        Acc piece[V];
-        v.store(piece);
-        store_row(piece, row(lane), c, n);
+  void store(const Acc* tiles, bool around_the_cache) const {
+    if (by_class()) {
+      const bool streams = around_the_cache && first.dtype == dtype_of<Acc>();
+      for_groups_of_classes([&](int64_t c, int64_t start, int64_t n) {
+        const Row along = {element(first, c), first.dtype, 1};
+        const Acc* values = tiles + start * classes + c * V;
+        Acc* target = reinterpret_cast<Acc*>(element(along, start));
+        if (streams && n == V && reinterpret_cast<uintptr_t>(target) % sizeof(Vec) == 0) {
+          stream_vector(target, Vec::loadu(values));
+        } else {
+          store_row(values, along, start, n);
+        }
       });
+      return;
+    }
+    if (Acc* own = own_rows(); own != nullptr) {
+      store_rows(tiles, own, stride);
+      return;
+    }
+    Acc* all = scratch_of<Acc>(Scratch::Gradient, count * classes);
+    store_rows(tiles, all, classes);
+    for (int64_t i = 0; i < rows_at_once(); ++i) {
+      store_row(all + i * classes, row(i), 0, classes_at_once());
     }
   }
 
-  // Up to V elements of a row of any dtype and stride, then zeros.
-  static Vec load_piece(const ConstRow& row, int64_t begin, int64_t count) {
-    Acc buffer[V];
-    return Vec::loadu(load_row(row, begin, count, buffer), count);
+  // tile[c * V + lane] for a group of n rows, repeating the first, from source(row, class, buffer): a pointer to the
+  // elements of the row from this class on, which the source may put into the buffer.
+  template <typename Source>
+  static void load_group(int64_t classes, int64_t n, Acc* tile, const Source& source) {
+    Acc buffers[V][kPiece];
+    if (classes < kPiece) {
+      for (int64_t lane = 0; lane < V; ++lane) {
+        const Acc* from = source(lane < n ? lane : 0, 0, buffers[lane]);
+        for (int64_t c = 0; c < classes; ++c) {
+          tile[c * V + lane] = from[c];
+        }
+      }
+      return;
+    }
+    for_pieces(classes, [&](int64_t c) {
+      if (n == V) {
+        Pieces<Acc>::load([&](int lane) { return source(lane, c, buffers[lane]); }, tile + c * V);
+      } else {
+        Pieces<Acc>::load([&](int lane) { return source(lane < n ? lane : 0, c, buffers[lane]); }, tile + c * V);
+      }
+    });
   }
 
-  // tile[c * V + lane] from load_one(lane, first class, number of classes).
-  template <typename LoadOne>
-  static void load_transposed(int64_t classes, Acc* tile, const LoadOne& load_one) {
-    for (int64_t c = 0; c < classes; c += V) {
-      const int64_t n = classes - c < V ? classes - c : V;
-      transpose_tile<Acc>(
-          n, [&](int lane) { return load_one(lane, c, n); },
-          [&](int j, Vec column) { column.store(tile + (c + j) * V); });
-    }
-  }
+  // How many elements `source` above has to provide.
+  static int64_t piece_of(int64_t classes) { return classes < kPiece ? classes : kPiece; }
 
  private:
-  template <typename StoreOne>
-  void store_transposed(int64_t classes, const Acc* tile, const StoreOne& store_one) const {
-    for (int64_t c = 0; c < classes; c += V) {
-      const int64_t n = classes - c < V ? classes - c : V;
-      transpose_tile<Acc>(
-          active, [&](int j) { return Vec::loadu(tile + (c + (j < n ? j : 0)) * V); },
-          [&](int lane, Vec v) { store_one(lane, c, n, v); });
+  static constexpr int64_t kPiece = Pieces<Acc>::kClasses;
+
+  // Images: neighbouring rows side by side, and one class after the other far away.
+  bool by_class() const { return stride == 1 && first.stride != 1; }
+  // Where the rows can be read and written in place, the first one; else nullptr.
+  Acc* own_rows() const {
+    return first.dtype == dtype_of<Acc>() && first.stride == 1 ? reinterpret_cast<Acc*>(first.data) : nullptr;
+  }
+  // Rows of another type are converted one by one, or, where they lie one behind the other, all at once.
+  bool packed() const { return first.stride == 1 && stride == classes; }
+  int64_t rows_at_once() const { return packed() ? 1 : count; }
+  int64_t classes_at_once() const { return packed() ? count * classes : classes; }
+
+  int64_t in_group(int64_t start) const { return count - start < V ? count - start : V; }
+
+  // f(class, first row, number of rows), class by class over all groups: group by group would visit a page for every V
+  // elements.
+  template <typename F>
+  void for_groups_of_classes(const F& f) const {
+    for (int64_t c = 0; c < classes; ++c) {
+      for (int64_t start = 0; start < count; start += V) {
+        f(c, start, in_group(start));
+      }
+    }
+  }
+
+  // f(first class) for pieces that cover the classes; the last one overlaps its neighbour rather than end beyond them.
+  template <typename F>
+  static void for_pieces(int64_t classes, const F& f) {
+    for (int64_t c = 0; c < classes; c += kPiece) {
+      f(c + kPiece <= classes ? c : classes - kPiece);
+    }
+  }
+
+  void store_rows(const Acc* tiles, Acc* base, int64_t step) const {
+    for (int64_t start = 0; start < count; start += V) {
+      const int64_t n = in_group(start);
+      const Acc* tile = tiles + start * classes;
+      Acc* group = base + start * step;
+      if (classes < kPiece) {
+        for (int64_t lane = 0; lane < n; ++lane) {
+          for (int64_t c = 0; c < classes; ++c) {
+            group[lane * step + c] = tile[c * V + lane];
+          }
+        }
+        continue;
+      }
+      for_pieces(classes, [=](int64_t c) {
+        if (n == V) {
+          Pieces<Acc>::store(tile + c * V, [=](int lane) { return group + lane * step + c; });
+        } else {
+          Acc nowhere[kPiece];
+          Pieces<Acc>::store(
+              tile + c * V, [=, &nowhere](int lane) { return lane < n ? group + lane * step + c : nowhere; });
+        }
+      });
     }
   }
 };
@@ -144,8 +216,8 @@ class LaneKernel {
     if (out.made_for.data != nullptr && all_made()) {
       return;
     }
+    rows_of(in.logits).load(logits);
     for (int64_t first = 0; first < rows; first += V) {
-      group_of(in.logits, first).load(in.classes, tile(logits, first));
       if constexpr (base == Base::Dense) {
         load_matrix(first);
       }
@@ -179,25 +251,23 @@ class LaneKernel {
     return {&values.at(outer, inner), in.inner == 1 ? values.outer_stride : values.inner_stride};
   }
 
-  // The V rows from `first` on, or what is left of them.
-  LaneRows<Acc> group_of(const Rows& tensor, int64_t first) const {
-    const Row row =
-        in.inner == 1 ? writable_row_at(tensor, outer + first, 0) : writable_row_at(tensor, outer, inner + first);
-    return {row, in.inner == 1 ? tensor.outer_stride : tensor.inner_stride, rows - first < V ? rows - first : V};
+  LaneRows<Acc> rows_of(const Rows& tensor) const {
+    const int64_t stride = in.inner == 1 ? tensor.outer_stride : tensor.inner_stride;
+    return {writable_row_at(tensor, outer, inner), stride, rows, in.classes};
   }
 
   // The tile of the group that row i belongs to, and where class k of row i lies in the tiles.
   Acc* tile(Acc* tiles, int64_t i) const { return tiles + i / V * tile_size; }
   int64_t place(uint64_t i, int64_t k) const { return i / V * tile_size + k * V + i % V; }
 
-  // Labels, of which unusable ones become 0 and do not count, and upstream gradients.
+  // Labels and upstream gradients.
   void read_rows() {
     const Along<const int64_t> labels = along(in.labels);
     all_counted = labels.stride == 1 ? read_labels<1>(labels) : read_labels<0>(labels);
     read(out.grad_loss, upstream);
     read(out.grad_lse, on_lse);
     for (int64_t i = 0; i < rows && !all_counted; ++i) {
-      if (!counted[i]) {
+      if (!counted(i)) {
         upstream[i] = 0;
         is_counted(in, in.inner == 1 ? outer + i : outer, in.inner == 1 ? 0 : inner + i, labels[i]); // reports
       }
@@ -207,18 +277,20 @@ class LaneKernel {
   // Whether all count. fixed_stride: 1 where the labels lie side by side, which the compiler then vectorizes, else 0.
   template <int64_t fixed_stride>
   bool read_labels(Along<const int64_t> labels) {
-    const int64_t ignored = in.ignore_index, stride = fixed_stride == 1 ? 1 : labels.stride;
+    const int64_t ignored = in.ignore_index, stride = fixed_stride ? 1 : labels.stride;
     const uint64_t n_rows = in.infogain.n_rows;
-    int64_t unusable = 0;
-    for (int64_t i = 0; i < rows; ++i) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < rows; ++i) { // without a branch, which would keep the compiler from vectorizing
       const int64_t l = labels.data[i * stride];
-      const bool usable = (l != ignored) & (static_cast<uint64_t>(l) < n_rows);
-      label[i] = usable ? l : 0;
-      counted[i] = usable;
-      unusable += !usable;
+      const int64_t l_or_minus_1 = l | -static_cast<int64_t>((l == ignored) | (static_cast<uint64_t>(l) >= n_rows));
+      lane_label[i] = static_cast<Acc>(l_or_minus_1);
+      all |= l_or_minus_1;
     }
-    return unusable == 0;
+    return all >= 0;
   }
+
+  bool counted(int64_t i) const { return lane_label[i] >= 0; }
+  int64_t label(int64_t i) const { return counted(i) ? static_cast<int64_t>(lane_label[i]) : 0; }
 
   void read(const PerRow<const Acc>& source, Acc* values) const {
     const Along<const Acc> from = along(source);
@@ -241,8 +313,10 @@ class LaneKernel {
   }
 
   void load_matrix(int64_t first) {
-    LaneRows<Acc>::load_transposed(in.classes, tile(matrix, first), [&](int64_t lane, int64_t c, int64_t n) {
-      return LaneRows<Acc>::load_piece(dense_row_of_h(in.infogain, label[first + lane]), c, n); // label 0 past the end
+    const int64_t n = rows - first < V ? rows - first : V;
+    LaneRows<Acc>::load_group(in.classes, n, tile(matrix, first), [&](int64_t lane, int64_t c, Acc* buffer) {
+      const ConstRow row = dense_row_of_h(in.infogain, label(first + lane));
+      return load_row(row, c, LaneRows<Acc>::piece_of(in.classes), buffer);
     });
   }
 
@@ -286,21 +360,24 @@ class LaneKernel {
 
   Acc base_at(int64_t i, int64_t k) const { return base == Base::Dense ? matrix[place(i, k)] : background(); }
 
-  Entries<Acc> entries_of(int64_t i) const { return entries_of_h<Acc>(in.infogain, label[i], diagonal[i], label[i]); }
+  Entries<Acc> stored_values_of(int64_t i) const {
+    return in.infogain.crow == nullptr ? Entries<Acc>{} : stored_values_of_h<Acc>(in.infogain, label(i));
+  }
 
   // What the entries of H add to the sums of their rows.
   void add_entries() {
     if (in.infogain.crow != nullptr) {
       add_stored_values();
-    } else if (in.infogain.diagonal != nullptr) {
+    } else if (has_only_a_diagonal()) {
       add_diagonal();
     }
-    bool any_nan = false;
-    for (int64_t i = 0; i < rows; ++i) {
-      any_nan |= dot[i] != dot[i];
+    Vec not_finite(Acc(0)); // NaN - NaN and inf - inf are NaN
+    for (int64_t i = 0; i < rows; i += V) {
+      not_finite = not_finite + (Vec::loadu(dot + i) - Vec::loadu(dot + i));
     }
-    for (int64_t i = 0; i < rows && any_nan; ++i) {
-      if (std::isnan(dot[i]) && counted[i] && !std::isnan(exp[i])) {
+    const bool all_finite = sum_of_lanes(not_finite) == 0;
+    for (int64_t i = 0; i < rows && !all_finite; ++i) {
+      if (std::isnan(dot[i]) && counted(i) && !std::isnan(exp[i])) {
         dot[i] = careful_dot(i);
       }
     }
@@ -308,26 +385,44 @@ class LaneKernel {
 
   void add_diagonal() {
     const Along<const Acc> values{static_cast<const Acc*>(in.infogain.diagonal), in.infogain.diagonal_stride};
-    Acc logit[kMaxRows], extra[kMaxRows];
     for (int64_t first = 0; first < rows; first += V) {
-      const Acc *x = tile(logits, first), *h = tile(matrix, first);
-      for (int64_t i = 0; i < V; ++i) { // label 0 past the end
-        const int64_t l = label[first + i], at = l * V + i;
-        logit[first + i] = x[at];
-        extra[first + i] = values[l];
-        diagonal[first + i] = values[l] + (base == Base::Dense ? h[at] : background());
+      Vec more(values[0]);
+      if (values.stride != 0) {
+        Acc extra[V];
+        for (int64_t i = 0; i < V; ++i) {
+          extra[i] = values[label(first + i)];
+        }
+        more = Vec::loadu(extra);
       }
+      const Vec zero(Acc(0));
+      Vec logit = zero, h = base == Base::Dense ? zero : Vec(background());
+      for_classes(first, [&](int64_t c, Vec labels, Vec this_class) {
+        logit = logit + where_equal(labels, this_class, Vec::loadu(tile(logits, first) + c * V), zero);
+        if constexpr (base == Base::Dense) {
+          h = h + where_equal(labels, this_class, Vec::loadu(tile(matrix, first) + c * V), zero);
+        }
+      });
+      (h + more).store(diagonal + first);
+      at::vec::fmadd(more, logit - Vec::loadu(max + first), Vec::loadu(dot + first)).store(dot + first);
+      (Vec::loadu(mass + first) + more).store(mass + first);
     }
-    for (int64_t i = 0; i < rows; i += V) {
-      const Vec d = Vec::loadu(logit + i) - Vec::loadu(max + i), more = Vec::loadu(extra + i);
-      at::vec::fmadd(more, d, Vec::loadu(dot + i)).store(dot + i);
-      (Vec::loadu(mass + i) + more).store(mass + i);
+  }
+
+  // f(class, labels of the group's rows, the class as a vector), for all classes. Comparing each of them with the
+  // labels costs less than going to each label's place, 16 scalar steps, does: 69 + 80 -> 30 + 30 cycles for 16 rows
+  // of 10.
+  template <typename F>
+  void for_classes(int64_t first, const F& f) const {
+    const Vec labels = Vec::loadu(lane_label + first), one(Acc(1));
+    Vec this_class(Acc(0));
+    for (int64_t c = 0; c < in.classes; ++c, this_class = this_class + one) {
+      f(c, labels, this_class);
     }
   }
 
   void add_stored_values() {
     for (int64_t i = 0; i < rows; ++i) {
-      const Entries<Acc> entries = entries_of(i);
+      const Entries<Acc> entries = stored_values_of(i);
       for (int64_t j = 0; j < entries.count; ++j) {
         const int64_t k = entries.col[j];
         const Acc extra = entries.value[j] - base_at(i, k);
@@ -338,12 +433,13 @@ class LaneKernel {
   }
 
   Acc careful_dot(int64_t i) const { // 0 * (-inf) has to be 0
-    const Entries<Acc> entries = entries_of(i);
+    const Entries<Acc> entries = stored_values_of(i);
     Acc total = 0;
     int64_t next = 0;
     for (int64_t k = 0; k < in.classes; ++k) {
       const bool stored = next < entries.count && entries.col[next] == k;
-      const Acc weight = stored ? entries.value[next++] : base_at(i, k);
+      const bool on_diagonal = has_only_a_diagonal() && k == label(i);
+      const Acc weight = stored ? entries.value[next++] : on_diagonal ? diagonal[i] : base_at(i, k);
       if (weight != 0) {
         total += weight * (logits[place(i, k)] - max[i]);
       }
@@ -381,46 +477,54 @@ class LaneKernel {
         lses[i] = lse;
       }
     }
-    for (int64_t i = 0; i < rows && losses.data != nullptr; ++i) {
-      losses[i] = counted[i] ? loss[i] : Acc(0);
+    const Vec zero(Acc(0));
+    for (int64_t i = 0; i < rows && losses.data != nullptr; i += V) {
+      const Vec counting = where_equal(Vec::loadu(lane_label + i), Vec(Acc(-1)), zero, Vec::loadu(loss + i));
+      const int64_t n = rows - i < V ? rows - i : V;
+      if (losses.stride == 1) {
+        counting.store(&losses[i], n);
+        continue;
+      }
+      counting.store(loss + i);
+      for (int64_t j = i; j < i + n; ++j) {
+        losses[j] = loss[j];
+      }
     }
   }
 
-  // The group's logits become p_factor * exponentials - h_factor * H, the entries of H left out.
+  bool has_only_a_diagonal() const { return in.infogain.crow == nullptr && in.infogain.diagonal != nullptr; }
+
+  // The group's logits become p_factor * exponentials - h_factor * H, the stored values of H left out.
   void build_gradient(int64_t first, const Acc* p_factor, const Acc* h_factor) {
-    const Vec p = Vec::loadu(p_factor + first), h = Vec::loadu(h_factor + first), minus_h = Vec(Acc(0)) - h;
-    const Vec constant = h * Vec(-background());
+    const Vec p = Vec::loadu(p_factor + first), h = Vec::loadu(h_factor + first), h_background = h * Vec(background());
     const Acc *e = tile(exponentials, first), *row = tile(matrix, first);
     Acc* g = tile(logits, first);
-    for (int64_t c = 0; c < in.classes; ++c) {
-      Vec value = Vec::loadu(e + c * V) * p;
-      if constexpr (base == Base::Constant) {
-        value = value + constant;
+    const auto set = [&](int64_t c, Vec h_times_H) {
+      at::vec::fmsub(Vec::loadu(e + c * V), p, h_times_H).store(g + c * V);
+    };
+    const auto h_times_base = [&](int64_t c) {
+      return base == Base::Dense ? h * Vec::loadu(row + c * V) : h_background;
+    };
+    if (!has_only_a_diagonal()) {
+      for (int64_t c = 0; c < in.classes; ++c) {
+        set(c, h_times_base(c));
       }
-      if constexpr (base == Base::Dense) {
-        value = at::vec::fmadd(Vec::loadu(row + c * V), minus_h, value);
-      }
-      value.store(g + c * V);
+      return;
     }
+    const Vec h_times_diagonal = h * Vec::loadu(diagonal + first);
+    for_classes(first, [&](int64_t c, Vec labels, Vec this_class) {
+      set(c, where_equal(labels, this_class, h_times_diagonal, h_times_base(c)));
+    });
   }
 
-  // set(row, class, element of the gradient) for every entry of H in the group's rows.
+  // set(row, class, element of the gradient) for every stored value of H in the block's rows.
   template <typename Set>
-  void for_entries(int64_t first, const Acc* p_factor, const Acc* h_factor, const Set& set) const {
-    const int64_t end = rows - first < V ? rows : first + V;
-    const Acc* e = tile(exponentials, first) - first;
-    if (in.infogain.crow == nullptr && in.infogain.diagonal != nullptr) {
-      for (int64_t i = first; i < end; ++i) {
-        if (counted[i]) {
-          set(i, label[i], p_factor[i] * e[label[i] * V + i] - h_factor[i] * diagonal[i]);
-        }
-      }
-    }
-    for (int64_t i = first; i < end && in.infogain.crow != nullptr; ++i) {
-      const Entries<Acc> entries = entries_of(i);
-      for (int64_t j = 0; j < entries.count && counted[i]; ++j) {
+  void for_stored_values(const Acc* p_factor, const Acc* h_factor, const Set& set) const {
+    for (int64_t i = 0; i < rows && in.infogain.crow != nullptr; ++i) {
+      const Entries<Acc> entries = stored_values_of(i);
+      for (int64_t j = 0; j < entries.count && counted(i); ++j) {
         const int64_t k = entries.col[j];
-        set(i, k, p_factor[i] * e[k * V + i] - h_factor[i] * entries.value[j]);
+        set(i, k, p_factor[i] * exponentials[place(i, k)] - h_factor[i] * entries.value[j]);
       }
     }
   }
@@ -433,25 +537,17 @@ class LaneKernel {
     }
     for (int64_t first = 0; first < rows; first += V) {
       build_gradient(first, p_factor, upstream);
-      for (int64_t i = first; i < rows && i < first + V && !all_counted; ++i) {
-        for (int64_t k = 0; k < in.classes && !counted[i]; ++k) { // without H, and no 0 * p: p may be NaN
-          const int64_t at = place(i, k);
-          logits[at] = on_lse[i] == 0 ? Acc(0) : on_lse[i] / exp[i] * exponentials[at];
-        }
-      }
-      const LaneRows<Acc> group = group_of(out.grad, first);
-      group.store(in.classes, tile(logits, first));
-      // after the store, and not in the tile: the transpose would wait for each of these scalars to reach the cache
-      if (group.classes_contiguous()) {
-        Acc* g = group.elements(0, 0);
-        for_entries(first, p_factor, upstream, [&, stride = group.lane_stride](int64_t i, int64_t k, Acc value) {
-          g[(i - first) * stride + k] = value;
-        });
-      } else {
-        for_entries(
-            first, p_factor, upstream, [&](int64_t i, int64_t k, Acc value) { group.set(i - first, k, value); });
+    }
+    for (int64_t i = 0; i < rows && !all_counted; ++i) {
+      for (int64_t k = 0; k < in.classes && !counted(i); ++k) { // without H, and no 0 * p: p may be NaN
+        const int64_t at = place(i, k);
+        logits[at] = on_lse[i] == 0 ? Acc(0) : on_lse[i] / exp[i] * exponentials[at];
       }
     }
+    const LaneRows<Acc> target = rows_of(out.grad);
+    target.store(logits, out.stream_grad);
+    // after the store, and not in the tiles: the transpose would wait for each of these scalars to reach the cache
+    for_stored_values(p_factor, upstream, [&](int64_t i, int64_t k, Acc value) { target.set(i, k, value); });
   }
 
   void write_norm() {
@@ -460,10 +556,12 @@ class LaneKernel {
       p_factor[i] = slope[i] / exp[i];
       one[i] = 1;
     }
-    const Along<Acc> norms = along(out.norm);
     for (int64_t first = 0; first < rows; first += V) {
       build_gradient(first, p_factor, one);
-      for_entries(first, p_factor, one, [&](int64_t i, int64_t k, Acc g) { logits[place(i, k)] = g; });
+    }
+    for_stored_values(p_factor, one, [&](int64_t i, int64_t k, Acc g) { logits[place(i, k)] = g; });
+    const Along<Acc> norms = along(out.norm);
+    for (int64_t first = 0; first < rows; first += V) {
       const Acc* g = tile(logits, first);
       Vec total(Acc(0));
       for (int64_t begin = 0; begin < in.classes; begin += kColumnBlock) {
@@ -477,7 +575,7 @@ class LaneKernel {
       Acc norm[V];
       total.sqrt().store(norm);
       for (int64_t i = first; i < rows && i < first + V; ++i) {
-        norms[i] = counted[i] ? norm[i - first] : Acc(0);
+        norms[i] = counted(i) ? norm[i - first] : Acc(0);
       }
     }
   }
@@ -491,8 +589,8 @@ class LaneKernel {
   Acc* matrix; // rows of H
 
   int64_t outer = 0, inner = 0, rows = 0; // the first row, and how many
-  int64_t label[kMaxRows] = {};
-  bool counted[kMaxRows] = {}, all_counted = false;
+  Acc lane_label[kMaxRows] = {};          // -1 where the row does not count
+  bool all_counted = false;
   Acc diagonal[kMaxRows] = {};                        // H[l, l] where H has a diagonal
   Acc upstream[kMaxRows] = {}, on_lse[kMaxRows] = {}; // upstream gradients of loss and lse
   Acc max[kMaxRows] = {}, exp[kMaxRows] = {}, dot[kMaxRows] = {}, mass[kMaxRows] = {}, log_sum[kMaxRows] = {};

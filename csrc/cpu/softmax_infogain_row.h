@@ -102,12 +102,18 @@ inline ConstRow dense_row_of_h(const InfogainView& h, int64_t label) {
   return {static_cast<const char*>(h.matrix) + offset, h.matrix_dtype, h.matrix_class_stride};
 }
 
+// The values stored for row `label`.
+template <typename Acc>
+inline Entries<Acc> stored_values_of_h(const InfogainView& h, int64_t label) {
+  const int64_t begin = h.crow[label];
+  return {h.col + begin, static_cast<const Acc*>(h.values) + begin, h.crow[label + 1] - begin};
+}
+
 // The entries of row `label`; the one entry of a diagonal is (col, diagonal), which live with the caller.
 template <typename Acc>
 inline Entries<Acc> entries_of_h(const InfogainView& h, int64_t label, const Acc& diagonal, const int64_t& col) {
   if (h.crow != nullptr) {
-    const int64_t begin = h.crow[label];
-    return {h.col + begin, static_cast<const Acc*>(h.values) + begin, h.crow[label + 1] - begin};
+    return stored_values_of_h<Acc>(h, label);
   }
   return {&col, &diagonal, h.diagonal != nullptr ? 1 : 0};
 }

@@ -1,9 +1,10 @@
-// In-register transposes of V x V tiles, V the number of lanes of a vector.
+// Transposes between rows and tiles with one row per lane, in pieces of 16 bytes: those are what a load can put in any
+// part of a vector, so that only the classes of one piece have to be sorted by shuffles (for 16 rows of 10 floats 36
+// shuffles, where the transpose of a 16 x 16 tile takes 64).
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
 
-#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -11,52 +12,93 @@
 namespace lgd {
 inline namespace CPU_CAPABILITY {
 
-// Lane `lane` of one butterfly step over two vectors of V lanes, whose partners are `step` apart.
-constexpr int butterfly_lane(int lane, int step, int V, bool second) {
-  const bool from_other = (lane & step) != 0;
-  if (second) {
-    return from_other ? V + lane : lane ^ step;
-  }
-  return from_other ? V + (lane ^ step) : lane;
-}
-
-// store(j, column j) for j < n, where load(i) is row i: transposed in log2(V) butterfly steps.
-template <typename Acc, typename Load, typename Store>
-inline void transpose_tile(int64_t n, const Load& load, const Store& store) {
-  using Vec = at::vec::Vectorized<Acc>;
-  constexpr int V = Vec::size();
+template <typename Acc>
+struct Pieces {
+  static constexpr int V = at::vec::Vectorized<Acc>::size();
+  static constexpr int kClasses = 16 / sizeof(Acc); // of one piece
+  static constexpr int kPerVector = V / kClasses;
+  typedef Acc Piece __attribute__((vector_size(16)));
   typedef Acc Lanes __attribute__((vector_size(V * sizeof(Acc))));
-  static_assert(sizeof(Vec) == sizeof(Lanes));
-  Lanes rows[V];
-#pragma GCC unroll 16
-  for (int i = 0; i < V; ++i) {
-    const Vec row = load(i);
-    std::memcpy(&rows[i], &row, sizeof(row));
+
+  // tile[j * V + lane] = source(lane)[j] for j < kClasses.
+  template <typename Source>
+  static inline void load(const Source& source, Acc* tile) {
+    Lanes rows[kClasses];
+#pragma GCC unroll 4
+    for (int k = 0; k < kClasses; ++k) {
+      const auto piece = [&](int part) {
+        Piece p;
+        std::memcpy(&p, source(part * kClasses + k), sizeof(p));
+        return p;
+      };
+      if constexpr (kPerVector == 2) {
+        rows[k] = joined(piece(0), piece(1));
+      } else {
+        rows[k] = joined(joined(piece(0), piece(1)), joined(piece(2), piece(3)));
+      }
+    }
+    transpose(rows);
+#pragma GCC unroll 4
+    for (int k = 0; k < kClasses; ++k) {
+      std::memcpy(tile + k * V, &rows[k], sizeof(Lanes));
+    }
   }
-  const auto butterfly = [&]<int step>(std::integral_constant<int, step>) {
+
+  // target(lane)[j] = tile[j * V + lane] for j < kClasses.
+  template <typename Target>
+  static inline void store(const Acc* tile, const Target& target) {
+    Lanes rows[kClasses];
+#pragma GCC unroll 4
+    for (int k = 0; k < kClasses; ++k) {
+      std::memcpy(&rows[k], tile + k * V, sizeof(Lanes));
+    }
+    transpose(rows);
+#pragma GCC unroll 4
+    for (int k = 0; k < kClasses; ++k) {
+      [&]<int... part>(std::integer_sequence<int, part...>) {
+        (store_part<part>(rows[k], target(part * kClasses + k)), ...);
+      }(std::make_integer_sequence<int, kPerVector>{});
+    }
+  }
+
+ private:
+  template <typename Half>
+  static inline auto joined(Half a, Half b) {
+    return [&]<int... lane>(std::integer_sequence<int, lane...>) {
+      return __builtin_shufflevector(a, b, lane...);
+    }(std::make_integer_sequence<int, 2 * sizeof(Half) / sizeof(Acc)>{});
+  }
+
+  template <int part>
+  static inline void store_part(Lanes row, Acc* target) {
     [&]<int... lane>(std::integer_sequence<int, lane...>) {
-#pragma GCC unroll 16
-      for (int i = 0; i < V; ++i) {
-        if ((i & step) == 0) {
-          const Lanes a = rows[i], b = rows[i | step];
-          rows[i] = __builtin_shufflevector(a, b, butterfly_lane(lane, step, V, false)...);
-          rows[i | step] = __builtin_shufflevector(a, b, butterfly_lane(lane, step, V, true)...);
+      const Piece piece = __builtin_shufflevector(row, row, (part * kClasses + lane)...);
+      std::memcpy(target, &piece, sizeof(piece));
+    }(std::make_integer_sequence<int, kClasses>{});
+  }
+
+  // Transposes the kClasses x kClasses blocks that lie at the same place of all rows, in butterfly steps.
+  static inline void transpose(Lanes (&rows)[kClasses]) {
+    butterfly<1>(rows);
+    if constexpr (kClasses == 4) {
+      butterfly<2>(rows);
+    }
+  }
+
+  template <int step>
+  static inline void butterfly(Lanes (&rows)[kClasses]) {
+    [&]<int... lane>(std::integer_sequence<int, lane...>) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kClasses; ++k) {
+        if ((k & step) == 0) {
+          const Lanes a = rows[k], b = rows[k | step];
+          rows[k] = __builtin_shufflevector(a, b, ((lane & step) == 0 ? lane : V + (lane ^ step))...);
+          rows[k | step] = __builtin_shufflevector(a, b, ((lane & step) == 0 ? lane ^ step : V + lane)...);
         }
       }
     }(std::make_integer_sequence<int, V>{});
-  };
-  [&]<int... log>(std::integer_sequence<int, log...>) {
-    (butterfly(std::integral_constant<int, (1 << log)>{}), ...);
-  }(std::make_integer_sequence<int, std::countr_zero(static_cast<unsigned>(V))>{});
-#pragma GCC unroll 16
-  for (int j = 0; j < V; ++j) {
-    if (j < n) {
-      Vec column;
-      std::memcpy(static_cast<void*>(&column), &rows[j], sizeof(column));
-      store(j, column);
-    }
   }
-}
+};
 
 } // namespace CPU_CAPABILITY
 } // namespace lgd

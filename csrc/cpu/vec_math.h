@@ -110,6 +110,28 @@ inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
 
 #endif
 
+// x in the lanes where a == b, y in the others.
+template <typename T>
+inline Vectorized<T> where_equal(Vectorized<T> a, Vectorized<T> b, Vectorized<T> x, Vectorized<T> y) {
+  return Vectorized<T>::blendv(y, x, a == b);
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+template <>
+inline Vectorized<float> where_equal(
+    Vectorized<float> a, Vectorized<float> b, Vectorized<float> x, Vectorized<float> y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
+}
+
+template <>
+inline Vectorized<double> where_equal(
+    Vectorized<double> a, Vectorized<double> b, Vectorized<double> x, Vectorized<double> y) {
+  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), y, x);
+}
+
+#endif
+
 // log(x) for finite x >= 1, NaN for NaN: Cephes' logf, relative error about 1e-7.
 inline Vectorized<float> log_at_least_one(Vectorized<float> x) {
   using Vec = Vectorized<float>;

@@ -31,8 +31,4 @@ enum class CpuCapability { Default, AVX2, AVX512 };
 CpuCapability cpu_capability();
 const char* name_of(CpuCapability capability);
 
-// An uninitialized tensor with the shape and strides of `like`, on huge pages where it is large: a page fault for every
-// 4 KB costs more than the kernels that fill the memory (128 MB: 36 ms without, 19 ms with).
-at::Tensor empty_on_huge_pages(const at::Tensor& like);
-
 } // namespace lgd

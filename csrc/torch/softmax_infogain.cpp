@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "../cpu/softmax_infogain.h"
+#include "huge_pages.h"
 
 namespace lgd {
 namespace {
