@@ -135,8 +135,8 @@ _define(
 )
 _define(
     "count_labels",
-    "(Tensor labels, int ignore_index) -> Tensor",
-    lambda labels, ignore_index: labels.new_empty(()),
+    "(Tensor labels, int ignore_index, ScalarType dtype) -> Tensor",
+    lambda labels, ignore_index, dtype: labels.new_empty((), dtype=dtype),
     lambda info, in_dims, *args: _vmap_by_loop(count_labels, info, in_dims, *args),
 )
 

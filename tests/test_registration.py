@@ -80,7 +80,7 @@ def test_opcheck_on_views_and_on_nothing():
 
 
 def test_opcheck_of_the_small_ops():
-    torch.library.opcheck(ops.count_labels, (torch.randint(3, (4, 5)), 2))
+    torch.library.opcheck(ops.count_labels, (torch.randint(3, (4, 5)), 2, torch.float32))
     matrix = torch.eye(4).to_sparse_csr()
     torch.library.opcheck(ops.check_finite, (torch.ones(3), "matrix"))
     torch.library.opcheck(ops.check_not_negative, (torch.ones(3), "matrix"))

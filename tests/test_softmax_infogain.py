@@ -514,8 +514,17 @@ def test_an_ignored_row_may_have_any_weight(reduction):
 
 def test_count_labels():
     labels = torch.randint(3, (7, 50))
-    for view in (labels, labels.T, labels[::2, 3::5], labels[:0], labels[:1].expand(9, 50)):
-        assert ops.count_labels(view, 2).item() == sum(label != 2 for label in view.flatten().tolist())
+    for view in (
+        labels,
+        torch.randint(3, (70_001,)),
+        labels.T,
+        labels[::2, 3::5],
+        labels[:0],
+        labels[:1].expand(9, 50),
+    ):
+        count = ops.count_labels(view, 2, torch.float32)
+        assert count.dtype == torch.float32
+        assert count.item() == sum(label != 2 for label in view.flatten().tolist())
 
 
 @by_some_kinds

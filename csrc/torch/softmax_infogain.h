@@ -37,6 +37,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_infogain_double_backward(
 
 at::Tensor softmax_infogain_backward_matrix(const RowArguments& rows, int64_t n_rows, const at::Tensor& grad_loss);
 
-at::Tensor count_labels(const at::Tensor& labels, int64_t ignore_index);
+at::Tensor count_labels(const at::Tensor& labels, int64_t ignore_index, at::ScalarType dtype);
 
 } // namespace lgd

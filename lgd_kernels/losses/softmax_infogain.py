@@ -146,7 +146,7 @@ def _denominator(rows: _Rows, normalization: str | None) -> Tensor | float:
         return float(max(outer, 1))
     if normalization == "full":
         return float(max(outer * inner, 1))
-    valid = ops.count_labels(rows.labels, rows.ignore_index).to(accumulation_dtype(rows.logits.dtype))
+    valid = ops.count_labels(rows.labels, rows.ignore_index, accumulation_dtype(rows.logits.dtype))
     return valid if normalization is None else valid.clamp_min(1)
 
 
@@ -156,8 +156,11 @@ def _expected_upstream(rows: _Rows, reduction: str, denominator: Tensor | float 
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if reduction == "none" or transformed or not (rows.logits.requires_grad and torch.is_grad_enabled()):
         return None
-    one = torch.ones((), dtype=accumulation_dtype(rows.logits.dtype), device=rows.logits.device)
-    scale = one if denominator is None else one / denominator
+    if isinstance(denominator, Tensor):
+        scale = denominator.reciprocal()
+    else:
+        value = 1.0 if denominator is None else 1.0 / denominator
+        scale = torch.full((), value, dtype=accumulation_dtype(rows.logits.dtype), device=rows.logits.device)
     if rows.sample_weight is None:
         return scale.expand(rows.labels.shape)
     return rows.sample_weight.detach() * scale

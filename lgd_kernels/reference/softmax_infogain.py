@@ -254,6 +254,6 @@ def softmax_infogain_backward_matrix(
     return result.index_add(0, torch.where(counted, labels, 0).flatten(), contribution.reshape(-1, logits.shape[1]))
 
 
-def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    """How many labels are not `ignore_index`: an int64 tensor without dimensions."""
-    return (labels != ignore_index).sum()
+def count_labels(labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """How many labels are not `ignore_index`: a tensor of this dtype without dimensions."""
+    return (labels != ignore_index).sum().to(dtype)
