@@ -60,18 +60,9 @@ void for_rows(const SoftmaxInfogainInput<Acc>& in, const Kernel& kernel) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <Base base, typename Acc>
-struct RowKernel {
-  using Row_ = LabelledRow<base, Acc>;
-
-  const SoftmaxInfogainInput<Acc>& in;
-  const SoftmaxInfogainOutput<Acc>& out;
-
-  // What is known of a row once it has been summed.
-  struct Summed {
-    Sums<Acc> sums;
-    Acc log_sum, lse;
-    Acc slope; // dloss/dx = slope * p - H
-  };
+class RowKernel {
+ public:
+  RowKernel(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out) : in(in), out(out) {}
 
   void operator()(int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) const {
     const Row_ row(in, outer, inner);
@@ -81,34 +72,38 @@ struct RowKernel {
     const int64_t n_chunks = chunks_of(in.classes);
     Sums<Acc> only_chunk;
     Sums<Acc>* chunks = n_chunks <= 1 ? &only_chunk : scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
-    const Ahead ahead = ahead_of(row, outer, inner);
+    const Ahead ahead = n_chunks == 1 ? ahead_of(row, outer, inner) : row.nothing_ahead();
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
-      chunks[c] = row.chunk_sums(c * kChunk, w, n_chunks == 1 ? ahead : row.nothing_ahead());
+      row.chunk_sums(c * kChunk, w, ahead, chunks[c]);
     });
-    const Summed summed = summarize(row, row.combine(chunks, n_chunks, work));
+    Sums<Acc> sums;
+    row.combine(chunks, n_chunks, work, sums);
+    const Summed summed = summarize(row, sums);
     write_loss(row, summed, outer, inner);
-    if (out.grad.data == nullptr && out.norm.data == nullptr) {
+    if (out.norm.data != nullptr) {
+      write_norm(row, summed, chunks, in_parallel, work, outer, inner);
+    }
+    if (out.grad.data == nullptr) {
       return;
     }
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
       if (n_chunks > 1) { // they were against the chunk's maximum, and another chunk's have replaced them
         row.exponentials(c * kChunk, summed.sums.max, w);
       }
-      if (out.grad.data != nullptr) {
-        write_gradient(row, summed, c * kChunk, w, outer, inner);
-      }
-      chunks[c].squares = out.norm.data == nullptr ? Acc(0) : squares(row, summed, c * kChunk, w);
+      write_gradient(row, summed, c * kChunk, w, outer, inner);
     });
-    if (out.norm.data != nullptr) {
-      Acc total = 0;
-      for (int64_t c = 0; c < n_chunks; ++c) {
-        total += chunks[c].squares;
-      }
-      out.norm.at(outer, inner) = std::sqrt(total);
-    }
   }
 
  private:
+  using Row_ = LabelledRow<base, Acc>;
+
+  // What is known of a row once it has been summed.
+  struct Summed {
+    const Sums<Acc>& sums;
+    Acc log_sum, lse;
+    Acc slope; // dloss/dx = slope * p - H
+  };
+
   Acc upstream_of_lse(int64_t outer, int64_t inner) const {
     return out.grad_lse.data == nullptr ? Acc(0) : out.grad_lse.at(outer, inner);
   }
@@ -189,13 +184,27 @@ struct RowKernel {
       row.gradient(begin, p_factor, upstream, work, in_block, [&](const Acc* g, int64_t first, int64_t count) {
         store_row(g, target, first, count);
       });
-    } else if (out.stream_grad) {
-      row.gradient(begin, p_factor, upstream, work, in_block, [&](const Acc* g, int64_t first, int64_t count) {
-        stream(g, count, address(first));
-      });
+    } else if (out.stream_grad && row.counted) {
+      row.stream(begin, p_factor, upstream, work, address(begin));
     } else {
       row.gradient(begin, p_factor, upstream, work, address, [](const Acc*, int64_t, int64_t) {});
     }
+  }
+
+  void write_norm(
+      const Row_& row, const Summed& summed, Sums<Acc>* chunks, bool in_parallel, const Workspace<Acc>& work,
+      int64_t outer, int64_t inner) const {
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
+      if (in.classes > kChunk) {
+        row.exponentials(c * kChunk, summed.sums.max, w);
+      }
+      chunks[c].squares = squares(row, summed, c * kChunk, w);
+    });
+    Acc total = 0;
+    for (int64_t c = 0; c < chunks_of(in.classes); ++c) {
+      total += chunks[c].squares;
+    }
+    out.norm.at(outer, inner) = std::sqrt(total);
   }
 
   // Sum of the squares of dloss/dx over a chunk.
@@ -209,6 +218,9 @@ struct RowKernel {
         [&](const Acc* g, int64_t, int64_t count) { total += dot(g, g, count); });
     return total;
   }
+
+  const SoftmaxInfogainInput<Acc>& in;
+  const SoftmaxInfogainOutput<Acc>& out;
 };
 
 template <Base base, typename Acc>
@@ -216,7 +228,7 @@ void run(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& 
   if (goes_by_lanes(in)) {
     run_by_lanes<base>(in, out);
   } else {
-    for_rows(in, RowKernel<base, Acc>{in, out});
+    for_rows(in, RowKernel<base, Acc>(in, out));
   }
 }
 
@@ -237,9 +249,10 @@ struct DoubleBackwardKernel {
     const int64_t n_chunks = chunks_of(in.classes);
     auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
-      chunks[c] = row.chunk_sums(c * kChunk, w, row.nothing_ahead());
+      row.chunk_sums(c * kChunk, w, row.nothing_ahead(), chunks[c]);
     });
-    const Sums<Acc> sums = row.combine(chunks, n_chunks, work);
+    Sums<Acc> sums;
+    row.combine(chunks, n_chunks, work, sums);
 
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
       const int64_t count = chunk_size(in.classes, c * kChunk);
@@ -312,17 +325,19 @@ struct DoubleBackwardKernel {
 
 template <typename Acc>
 void backward_matrix(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainBackwardMatrix<Acc>& io) {
-  for_rows(in, [&](int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) {
+  const auto sum_row = [&](int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) {
     const LabelledRow<Base::Zero, Acc> row(in, outer, inner);
     const int64_t n_chunks = chunks_of(in.classes);
     auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
-      chunks[c] = row.chunk_sums(c * kChunk, w, row.nothing_ahead());
+      row.chunk_sums(c * kChunk, w, row.nothing_ahead(), chunks[c]);
     });
-    const Sums<Acc> sums = row.combine(chunks, n_chunks, work);
+    Sums<Acc> sums;
+    row.combine(chunks, n_chunks, work, sums);
     io.max[outer * in.inner + inner] = sums.max;
     io.log_sum[outer * in.inner + inner] = std::log(sums.exp);
-  });
+  };
+  for_rows(in, sum_row);
   const int64_t n_rows = in.outer * in.inner;
   const auto columns = [&](int64_t begin, int64_t end) {
     const int64_t count = end - begin;

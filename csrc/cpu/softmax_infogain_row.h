@@ -11,11 +11,12 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
+#include "infogain.h"
 #include "parallel.h"
 #include "rows.h"
 #include "softmax_infogain.h"
+#include "softmax_infogain_gradient.h"
 #include "vec_math.h"
 
 namespace lgd {
@@ -65,9 +66,8 @@ struct Ahead {
   }
 };
 
-// What H is outside its diagonal and its stored values.
-enum class Base { Zero, Constant, Dense };
-
+// Passed on by reference only: a copy, made in larger pieces than the numbers were written in, would wait for all
+// stores before it, and the streamed ones are slow (9 % of the time at (8192, 1000)).
 template <typename Acc>
 struct Sums {
   Acc max = 0;     // what the logits were shifted by
@@ -76,47 +76,6 @@ struct Sums {
   Acc mass = 0;    // sum of H
   Acc squares = 0; // of the gradient, where its norm is wanted
 };
-
-// The entries of one row of H that differ from its base, ascending in class.
-template <typename Acc>
-struct Entries {
-  const int64_t* col = nullptr;
-  const Acc* value = nullptr;
-  int64_t count = 0;
-};
-
-// Call f with the base of H as a type: f(std::integral_constant<Base, ...>).
-template <typename F>
-inline void with_base(const InfogainView& h, const F& f) {
-  if (h.matrix != nullptr) {
-    f(std::integral_constant<Base, Base::Dense>{});
-  } else if (h.background != 0) {
-    f(std::integral_constant<Base, Base::Constant>{});
-  } else {
-    f(std::integral_constant<Base, Base::Zero>{});
-  }
-}
-
-inline ConstRow dense_row_of_h(const InfogainView& h, int64_t label) {
-  const int64_t offset = label * h.matrix_row_stride * element_size(h.matrix_dtype);
-  return {static_cast<const char*>(h.matrix) + offset, h.matrix_dtype, h.matrix_class_stride};
-}
-
-// The values stored for row `label`.
-template <typename Acc>
-inline Entries<Acc> stored_values_of_h(const InfogainView& h, int64_t label) {
-  const int64_t begin = h.crow[label];
-  return {h.col + begin, static_cast<const Acc*>(h.values) + begin, h.crow[label + 1] - begin};
-}
-
-// The entries of row `label`; the one entry of a diagonal is (col, diagonal), which live with the caller.
-template <typename Acc>
-inline Entries<Acc> entries_of_h(const InfogainView& h, int64_t label, const Acc& diagonal, const int64_t& col) {
-  if (h.crow != nullptr) {
-    return stored_values_of_h<Acc>(h, label);
-  }
-  return {&col, &diagonal, h.diagonal != nullptr ? 1 : 0};
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Passes over contiguous elements
@@ -178,8 +137,8 @@ inline Vectorized<Acc> accumulate(
 
 // exponentials[i] = exp(x[i] - shift), and the sums. For Base::Constant, dot and mass leave the constant out.
 template <Base base, typename Acc>
-inline Sums<Acc> sum_exponentials(
-    const Acc* x, const Acc* h, int64_t count, Acc shift, Acc* exponentials, const Ahead& ahead) {
+inline void sum_exponentials(
+    const Acc* x, const Acc* h, int64_t count, Acc shift, Acc* exponentials, const Ahead& ahead, Sums<Acc>& sums) {
   using Vec = Vectorized<Acc>;
   constexpr int64_t V = Vec::size();
   const Vec zero(Acc(0)), s(shift);
@@ -205,7 +164,6 @@ inline Sums<Acc> sum_exponentials(
     accumulate<base>(d, h0, exp, dot0, mass0).store(exponentials + i, n);
     exp0 = exp0 + first_lanes(n, exp, zero);
   }
-  Sums<Acc> sums;
   sums.max = shift;
   sums.exp = sum_of_lanes(exp0 + exp1);
   if constexpr (base != Base::Zero) {
@@ -217,7 +175,6 @@ inline Sums<Acc> sum_exponentials(
   if constexpr (base == Base::Dense) {
     sums.mass = sum_of_lanes(mass0 + mass1);
   }
-  return sums;
 }
 
 template <typename Acc>
@@ -244,32 +201,6 @@ inline Acc sum(const Acc* a, int64_t count) {
     total = total + Vec::loadu(a + i, count - i < V ? count - i : V);
   }
   return sum_of_lanes(total);
-}
-
-// gradient = p_factor * exponentials - h_factor * H
-template <Base base, typename Acc>
-inline void gradient_of(
-    const Acc* exponentials, const Acc* h, Acc background, int64_t count, Acc p_factor, Acc h_factor, Acc* gradient) {
-  using Vec = Vectorized<Acc>;
-  constexpr int64_t V = Vec::size();
-  const Vec p(p_factor), minus_h(-h_factor), constant(-h_factor * background);
-  const auto one = [&](int64_t i, int64_t n) {
-    Vec g = Vec::loadu(exponentials + i, n) * p;
-    if constexpr (base == Base::Constant) {
-      g = g + constant;
-    }
-    if constexpr (base == Base::Dense) {
-      g = at::vec::fmadd(Vec::loadu(h + i, n), minus_h, g);
-    }
-    return g;
-  };
-  int64_t i = 0;
-  for (; i + V <= count; i += V) {
-    one(i, V).store(gradient + i);
-  }
-  if (i < count) {
-    one(i, count - i).store(gradient + i, count - i);
-  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -356,7 +287,9 @@ struct LabelledRow {
   void exponentials(int64_t begin, Acc shift, const Workspace<Acc>& work) const {
     const int64_t count = chunk_size(classes, begin);
     const Acc* values = load_row(x, begin, count, work.logits);
-    sum_exponentials<Base::Zero, Acc>(values, nullptr, count, shift, work.exponentials, nothing_ahead());
+    Sums<Acc> unused;
+    sum_exponentials<Base::Zero>(
+        values, static_cast<const Acc*>(nullptr), count, shift, work.exponentials, nothing_ahead(), unused);
   }
 
   // <H, v> over the chunk at `begin`, for v = values; entries left out.
@@ -369,22 +302,23 @@ struct LabelledRow {
   }
 
   // The sums of the chunk at `begin`; work.exponentials are then those of the chunk against its own maximum.
-  Sums<Acc> chunk_sums(int64_t begin, const Workspace<Acc>& work, const Ahead& ahead) const {
+  void chunk_sums(int64_t begin, const Workspace<Acc>& work, const Ahead& ahead, Sums<Acc>& sums) const {
     const int64_t count = chunk_size(classes, begin);
     const Acc* values = load_row(x, begin, count, work.logits);
     const Acc max = max_of(values, count);
     const Acc shift = max == -std::numeric_limits<Acc>::infinity() ? Acc(0) : max; // exp(-inf - 0) = 0, not NaN
-    if (!counted) {
-      return sum_exponentials<Base::Zero, Acc>(values, nullptr, count, shift, work.exponentials, ahead);
+    const Acc* h = dense(begin, count, work);
+    if (counted) {
+      sum_exponentials<base>(values, h, count, shift, work.exponentials, ahead, sums);
+    } else {
+      sum_exponentials<Base::Zero>(values, h, count, shift, work.exponentials, ahead, sums);
     }
-    return sum_exponentials<base>(values, dense(begin, count, work), count, shift, work.exponentials, ahead);
   }
 
   Ahead nothing_ahead() const { return {{x.data, 0}, {x.data, 0}, {x.data, 0}}; }
 
   // The sums of the whole row from those of its chunks. A row of only -inf gives max = -inf and exp = NaN.
-  Sums<Acc> combine(const Sums<Acc>* chunks, int64_t n_chunks, const Workspace<Acc>& work) const {
-    Sums<Acc> row;
+  void combine(const Sums<Acc>* chunks, int64_t n_chunks, const Workspace<Acc>& work, Sums<Acc>& row) const {
     row.max = -std::numeric_limits<Acc>::infinity();
     bool any = false;
     for (int64_t c = 0; c < n_chunks; ++c) {
@@ -395,7 +329,7 @@ struct LabelledRow {
     }
     if (!any) {
       row.exp = row.dot = std::numeric_limits<Acc>::quiet_NaN();
-      return row;
+      return;
     }
     for (int64_t c = 0; c < n_chunks; ++c) {
       const Acc moved = chunks[c].max - row.max;
@@ -408,7 +342,6 @@ struct LabelledRow {
     if (counted) {
       add_background_and_entries(row, work);
     }
-    return row;
   }
 
   void add_background_and_entries(Sums<Acc>& row, const Workspace<Acc>& work) const {
@@ -473,9 +406,10 @@ struct LabelledRow {
       const Acc* e = work.exponentials + (first - begin);
       Acc* g = place(first);
       if (!counted) {
-        gradient_of<Base::Zero, Acc>(e, nullptr, 0, count, p_factor, h_factor, g);
+        GradientVectors<Base::Zero, Acc>(e, nullptr, 0, p_factor, h_factor).store(count, g);
       } else {
-        gradient_of<base>(e, row == nullptr ? row : row + (first - begin), background, count, p_factor, h_factor, g);
+        const Acc* h = row == nullptr ? row : row + (first - begin);
+        GradientVectors<base, Acc>(e, h, background, p_factor, h_factor).store(count, g);
         for (; next < entries.count && entries.col[next] < first + count; ++next) {
           const int64_t k = entries.col[next] - first;
           if (k >= 0) {
@@ -485,6 +419,14 @@ struct LabelledRow {
       }
       sink(g, first, count);
     }
+  }
+
+  // The same for a row that counts, from registers to `target` around the cache.
+  void stream(int64_t begin, Acc p_factor, Acc h_factor, const Workspace<Acc>& work, Acc* target) const {
+    const int64_t count = chunk_size(classes, begin);
+    const Acc* h = dense(begin, count, work);
+    const GradientVectors<base, Acc> vectors(work.exponentials, h, background, p_factor, h_factor);
+    stream_gradient(vectors, p_factor, h_factor, entries, begin, count, target);
   }
 };
 

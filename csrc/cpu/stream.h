@@ -36,22 +36,5 @@ inline void fence_streams() {
 #endif
 }
 
-// destination[0 .. count) = source[0 .. count); fence_streams() before other threads read it.
-template <typename T>
-inline void stream(const T* source, int64_t count, T* destination) {
-  using Vec = at::vec::Vectorized<T>;
-  constexpr int64_t V = Vec::size();
-  constexpr uintptr_t bytes = V * sizeof(T);
-  const int64_t misaligned = (bytes - reinterpret_cast<uintptr_t>(destination) % bytes) % bytes / sizeof(T);
-  int64_t i = misaligned < count ? misaligned : count;
-  Vec::loadu(source, i).store(destination, i);
-  for (; i + V <= count; i += V) {
-    stream_vector(destination + i, Vec::loadu(source + i));
-  }
-  if (i < count) {
-    Vec::loadu(source + i, count - i).store(destination + i, count - i);
-  }
-}
-
 } // namespace CPU_CAPABILITY
 } // namespace lgd
