@@ -166,15 +166,10 @@ inline void sum_exponentials(
   }
   sums.max = shift;
   sums.exp = sum_of_lanes(exp0 + exp1);
-  if constexpr (base != Base::Zero) {
-    sums.dot = sum_of_lanes(dot0 + dot1);
-  }
-  if constexpr (base == Base::Constant) {
-    sums.mass = static_cast<Acc>(count);
-  }
-  if constexpr (base == Base::Dense) {
-    sums.mass = sum_of_lanes(mass0 + mass1);
-  }
+  sums.dot = base == Base::Zero ? Acc(0) : sum_of_lanes(dot0 + dot1);
+  sums.mass = base == Base::Dense      ? sum_of_lanes(mass0 + mass1)
+              : base == Base::Constant ? static_cast<Acc>(count)
+                                       : Acc(0);
 }
 
 template <typename Acc>
