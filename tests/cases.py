@@ -60,7 +60,7 @@ def _stored_entries(C):
 def _sparse(C, background=0.0):
     stored, values = _stored_entries(C)
     rows, cols = stored.nonzero(as_tuple=True)
-    sparse = torch.sparse_coo_tensor(torch.stack([rows, cols]), values[stored], (C, C))
+    sparse = torch.sparse_coo_tensor(torch.stack([rows, cols]), values[stored], (C, C), check_invariants=True)
     return Infogain.sparse(sparse, background=background), torch.where(stored, values.double(), background)
 
 
