@@ -6,13 +6,13 @@ it by label, so that no (N, C) target ever exists.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgd_kernels import ops, reference
+from lgd_kernels.arguments import check_int, check_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +38,8 @@ def _checked(name: str, tensor: Tensor, dim: int) -> Tensor:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{name}: dtype must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; see Infogain.sparse")
     if tensor.dim() != dim:
         raise ValueError(f"{name}: expected {dim} dimensions, got {tensor.dim()} (shape {tuple(tensor.shape)})")
     ops.check_finite(tensor.detach(), name)
@@ -48,17 +50,20 @@ def _checked_square(name: str, matrix: Tensor) -> Tensor:
     matrix = _checked(name, matrix, dim=2)
     if matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"{name}: must be square (C, C), got {tuple(matrix.shape)}")
+    _check_num_classes(len(matrix), name)
     return matrix
 
 
-def _check_num_classes(num_classes: int) -> None:
+def _check_num_classes(num_classes: int, name: str = "num_classes") -> None:
+    check_int(name, num_classes)
     if num_classes < 1:
-        raise ValueError(f"num_classes: must be at least 1, got {num_classes}")
+        raise ValueError(f"{name}: there must be at least 1 class, got {num_classes}")
 
 
 def _scalar(name: str, value: float | Tensor) -> Tensor:
     """A number as a 0-dimensional tensor, float64 unless it is a tensor already."""
     if not isinstance(value, Tensor):
+        check_number(name, value)
         value = torch.tensor(float(value), dtype=torch.float64)
     return _checked(name, value, dim=0)
 
@@ -98,6 +103,7 @@ class Infogain:
         weight: (C,), floating. background: a number or a 0-dimensional tensor.
         """
         weight = _checked("weight", weight, dim=1)
+        _check_num_classes(len(weight), "weight")
         return cls("diagonal", len(weight), InfogainParts(diagonal=weight, background=_background(background, weight)))
 
     @classmethod
@@ -106,8 +112,10 @@ class Infogain:
 
         epsilon: in [0, 1] when it is a number; a 0-dimensional tensor may require grad.
         """
-        if not isinstance(epsilon, Tensor) and not 0 <= epsilon <= 1:
-            raise ValueError(f"epsilon: must be between 0 and 1, got {epsilon}")
+        if not isinstance(epsilon, Tensor):
+            check_number("epsilon", epsilon)
+            if not 0 <= epsilon <= 1:
+                raise ValueError(f"epsilon: must be between 0 and 1, got {epsilon}")
         _check_num_classes(num_classes)
         epsilon = _scalar("epsilon", epsilon)
         parts = InfogainParts(background=epsilon / num_classes, diagonal=1 - epsilon)
@@ -127,6 +135,9 @@ class Infogain:
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix: must be square (C, C), got {tuple(matrix.shape)}")
         num_classes = matrix.shape[0]
+        _check_num_classes(num_classes, "matrix")
+        if matrix.layout == torch.sparse_coo and matrix.dense_dim() > 0:
+            raise ValueError(f"matrix: must store numbers, got a hybrid tensor with dense_dim {matrix.dense_dim()}")
         if matrix.layout == torch.sparse_csr:
             crow, col = matrix.crow_indices().detach().to(torch.int64), matrix.col_indices().detach().to(torch.int64)
         else:  # not by way of a CSR tensor, which warns that it is in beta
@@ -153,17 +164,20 @@ class Infogain:
         The distance says how bad it is to answer j for l; beta how fast similarity falls off with it (Bertinetto et
         al., 2020, arXiv:1912.09393, "soft labels").
 
-        distance: (C, C), floating, not negative, with 0 where two classes are equal. top_k: keep only the k most
-        similar classes of each row, before the rows are normalized, and store them sparsely.
+        distance: (C, C), floating, not negative, with 0 where two classes are equal. beta: finite, not negative.
+        top_k: keep only the k most similar classes of each row, before the rows are normalized, and store them
+        sparsely.
         """
-        if not math.isfinite(beta):
-            raise ValueError(f"beta: must be finite, got {beta}")
+        check_number("beta", beta)
+        if beta < 0:
+            raise ValueError(f"beta: must not be negative, got {beta}")
         distance = _checked_square("distance", distance)
         ops.check_not_negative(distance.detach(), "distance")
         similarity = torch.exp(-beta * distance / distance.max().clamp_min(torch.finfo(distance.dtype).tiny))
         if top_k is None:
             return cls.dense(similarity / similarity.sum(1, keepdim=True))
         num_classes = len(distance)
+        check_int("top_k", top_k)
         if not 1 <= top_k <= num_classes:
             raise ValueError(f"top_k: must be between 1 and the number of classes {num_classes}, got {top_k}")
         kept, col = similarity.topk(top_k, dim=1)

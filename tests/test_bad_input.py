@@ -43,6 +43,19 @@ LOSS_CASES = {
         ValueError,
         "axis: 2 is out of range for logits of shape (5,)",
     ),
+    "logits sparse": (
+        {"logits": LOGITS.to_sparse()},
+        TypeError,
+        "logits: expected a dense tensor, got layout torch.sparse_coo",
+    ),
+    "ignore_index beyond 64 bits": (
+        {"ignore_index": 2**70},
+        ValueError,
+        f"ignore_index: must fit 64 bits, got {2**70}",
+    ),
+    "z_loss beyond floats": ({"z_loss": 10**400}, ValueError, "z_loss: must be finite, got an int beyond floats"),
+    "z_loss a bool": ({"z_loss": True}, TypeError, "z_loss: expected a number, got bool True"),
+    "return_lse not a bool": ({"return_lse": "no"}, TypeError, "return_lse: expected True or False, got str 'no'"),
     "axis not an int": ({"axis": 1.0}, TypeError, "axis: expected an int, got float"),
     "labels not a tensor": ({"labels": [0, 1, 2, 3]}, TypeError, "labels: expected a torch.Tensor, got list"),
     "labels too few": (
@@ -299,7 +312,7 @@ INFOGAIN_CASES = {
     "background NaN": (
         lambda: Infogain.diagonal(torch.ones(3), background=NAN),
         ValueError,
-        "background: every entry must be finite, found nan",
+        "background: must be finite, got nan",
     ),
     "background a vector": (
         lambda: Infogain.diagonal(torch.ones(3), background=torch.ones(3)),
@@ -316,11 +329,11 @@ INFOGAIN_CASES = {
         ValueError,
         "epsilon: must be between 0 and 1, got -0.1",
     ),
-    "epsilon NaN": (lambda: Infogain.label_smoothing(NAN, 3), ValueError, "epsilon: must be between 0 and 1, got nan"),
+    "epsilon NaN": (lambda: Infogain.label_smoothing(NAN, 3), ValueError, "epsilon: must be finite, got nan"),
     "smoothing of no classes": (
         lambda: Infogain.label_smoothing(0.1, 0),
         ValueError,
-        "num_classes: must be at least 1, got 0",
+        "num_classes: there must be at least 1 class, got 0",
     ),
     "sparse not a tensor": (lambda: Infogain.sparse([[1.0]]), TypeError, "matrix: expected a torch.Tensor, got list"),
     "sparse not square": (
@@ -346,7 +359,7 @@ INFOGAIN_CASES = {
     "sparse background inf": (
         lambda: Infogain.sparse(torch.eye(3), background=INF),
         ValueError,
-        "background: every entry must be finite, found inf",
+        "background: must be finite, got inf",
     ),
     "sparse column too large": (
         lambda: Infogain.sparse(csr([0, 1, 1, 2], [0, 3], [1.0, 1.0])),
@@ -418,7 +431,58 @@ INFOGAIN_CASES = {
         ValueError,
         "num_classes: this identity was made without a number of classes; give one",
     ),
-    "identity of no classes": (lambda: Infogain.identity(0), ValueError, "num_classes: must be at least 1, got 0"),
+    "identity of half a class": (
+        lambda: Infogain.identity(2.5),
+        TypeError,
+        "num_classes: expected an int, got float 2.5",
+    ),
+    "dense of no classes": (
+        lambda: Infogain.dense(torch.ones(0, 0)),
+        ValueError,
+        "matrix: there must be at least 1 class, got 0",
+    ),
+    "dense of a sparse tensor": (
+        lambda: Infogain.dense(torch.eye(3).to_sparse()),
+        TypeError,
+        "matrix: expected a dense tensor, got layout torch.sparse_coo; see Infogain.sparse",
+    ),
+    "epsilon not a number": (
+        lambda: Infogain.label_smoothing("a", 3),
+        TypeError,
+        "epsilon: expected a number, got str 'a'",
+    ),
+    "background not a number": (
+        lambda: Infogain.diagonal(ONES, background=None),
+        TypeError,
+        "background: expected a number, got NoneType",
+    ),
+    "beta negative": (
+        lambda: Infogain.from_distance(torch.ones(2, 2), beta=-1.0),
+        ValueError,
+        "beta: must not be negative, got -1.0",
+    ),
+    "beta not a number": (
+        lambda: Infogain.from_distance(torch.ones(2, 2), beta="a"),
+        TypeError,
+        "beta: expected a number, got str 'a'",
+    ),
+    "top_k not an int": (
+        lambda: Infogain.from_distance(torch.ones(2, 2), top_k=1.5),
+        TypeError,
+        "top_k: expected an int, got float 1.5",
+    ),
+    "sparse hybrid": (
+        lambda: Infogain.sparse(
+            torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.ones(2, 2), (2, 2), check_invariants=True)
+        ),
+        ValueError,
+        "matrix: must store numbers, got a hybrid tensor with dense_dim 1",
+    ),
+    "identity of no classes": (
+        lambda: Infogain.identity(0),
+        ValueError,
+        "num_classes: there must be at least 1 class, got 0",
+    ),
     "dense form of another size": (
         lambda: Infogain.dense(torch.eye(3)).to_dense(4),
         ValueError,
@@ -460,7 +524,7 @@ MODULE_CASES = {
     "label_smoothing NaN": (
         lambda: Loss(label_smoothing=NAN),
         ValueError,
-        "label_smoothing: must be between 0 and 1, got nan",
+        "label_smoothing: must be finite, got nan",
     ),
     "weight a matrix": (
         lambda: Loss(weight=torch.ones(5, 5)),
@@ -522,8 +586,8 @@ MODULE_CASES = {
     ),
     "probabilities and H": (
         lambda: Loss(H5)(LOGITS, LOGITS.softmax(1)),
-        ValueError,
-        "labels: expected shape (4,) for logits of shape (4, 5) with class axis 1, got (4, 5)",
+        TypeError,
+        "labels: class probabilities (torch.float32) cannot be combined with H=Infogain.",
     ),
     "labels too few": (
         lambda: Loss()(LOGITS, LABELS[:2]),

@@ -42,6 +42,21 @@ def test_rows(kind, C, dtype):
     check_against_parts(torch.randn(n_rows, C, dtype=dtype), labels, KINDS[kind](C)[0], 3)
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("kind", ["none", "label_smoothing", "sparse"])
+@pytest.mark.parametrize(("n_rows", "C"), [(129, 33_000), (3, 1_500_000)])
+def test_rows_of_several_chunks(threads, n_rows, C, kind, n_threads):
+    """Entries of H in every chunk, and between them chunks without: none may be touched before its turn."""
+    labels = torch.randint(C, (n_rows,))
+    labels[0], labels[1], labels[2] = 0, C - 1, 32_768
+    H = {"none": None, "label_smoothing": lgd.Infogain.label_smoothing(0.1, C)}.get(kind)
+    if kind == "sparse":
+        index = torch.stack([labels, (labels + C // 2) % C])
+        H = lgd.Infogain.sparse(torch.sparse_coo_tensor(index, torch.rand(n_rows), (C, C), check_invariants=True))
+    torch.set_num_threads(n_threads)
+    check_against_parts(torch.randn(n_rows, C), labels, H, 3)
+
+
 @pytest.mark.parametrize("size", [320, 321])  # rows of an image aligned for vectors, and not
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_images(kind, size):

@@ -136,6 +136,17 @@ def test_uint8_labels_equal_int64_labels():
         assert torch.equal(crit(logits, labels), crit(logits, labels.to(torch.uint8)))
 
 
+def test_the_default_ignore_index_is_no_uint8_label():
+    logits, labels = torch.randn(3, 200), torch.tensor([1, 156, 199])  # 156 is -100 in 8 bits
+    weight = torch.rand(3) + 1
+    losses = [
+        lgd.softmax_infogain_loss(logits, some, sample_weight=weight, reduction="none")
+        for some in (labels, labels.to(torch.uint8))
+    ]
+    assert torch.equal(*losses)
+    assert losses[1][1] > 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The module with an H
 # ---------------------------------------------------------------------------------------------------------------------

@@ -441,3 +441,19 @@ def test_autocast_and_gradient_scaling():
         loss = lgd.softmax_infogain_loss(logits, torch.zeros(2**13, dtype=torch.int64))
     (loss * 2.0**17).backward()
     assert logits.grad[0].tolist() == [-12.0, 4.0, 4.0, 4.0]
+
+
+@by_some_kinds
+def test_many_upstream_gradients_at_once(backend, kind):
+    """The backward pass itself under vmap, of a loss whose gradient was made in the forward pass."""
+    logits, labels, H, _ = problem(kind)
+    logits.requires_grad_()
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=logits.dtype)
+    loss = lgd.softmax_infogain_loss(logits, labels, H)
+    (batched,) = torch.autograd.grad(loss, logits, upstream, is_grads_batched=True)
+    (grad,) = torch.autograd.grad(lgd.softmax_infogain_loss(logits, labels, H), logits)
+    torch.testing.assert_close(batched, upstream.reshape(3, *[1] * grad.dim()) * grad)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: lgd.softmax_infogain_loss(x, labels, H), logits.detach(), vectorize=True
+    )
+    torch.testing.assert_close(jacobian, grad)

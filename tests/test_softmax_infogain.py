@@ -857,3 +857,15 @@ def test_a_retained_graph_allocates_one_gradient_for_each_pass(compiled):
     loss = problem.loss()
     size = logits.nbytes
     assert large_allocations(lambda: torch.autograd.grad(loss, logits, retain_graph=True), size // 2) == [size]
+
+
+def test_more_rows_of_h_than_float32_can_count():
+    """Class probabilities give every row of the logits a row of H of its own."""
+    n_rows = 2**24 + 5
+    matrix = torch.zeros(n_rows, 2, dtype=torch.float16)
+    labels = torch.tensor([[2**24 - 1], [2**24 + 1], [n_rows - 2], [n_rows - 1]])
+    matrix[labels.flatten(), 0] = torch.arange(1.0, 5.0, dtype=torch.float16)
+    logits = torch.randn(4, 2, 1)
+    loss, *_ = ops.softmax_infogain(logits, labels, *InfogainParts(matrix=matrix), -100, 0.0, None, False, False)
+    expected = -torch.arange(1.0, 5.0) * logits.squeeze(2).log_softmax(1)[:, 0]
+    torch.testing.assert_close(loss.squeeze(1), expected)

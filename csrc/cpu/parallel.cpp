@@ -2,14 +2,31 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
 namespace lgd {
 
+// Threads take blocks as they come, 16 each where all are equally fast: with two equal halves the slower CPU decides.
 void parallel_for_erased(
     int64_t begin, int64_t end, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
-  at::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(context, b, e); });
+  const int64_t count = end - begin;
+  const int64_t threads = std::min<int64_t>(num_threads(), (count + grain - 1) / grain);
+  if (threads <= 1) {
+    if (count > 0) {
+      body(context, begin, end);
+    }
+    return;
+  }
+  const int64_t block = std::max(grain, (count + 16 * threads - 1) / (16 * threads));
+  std::atomic<int64_t> next = begin;
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next.fetch_add(block); first < end; first = next.fetch_add(block)) {
+      body(context, first, std::min(first + block, end));
+    }
+  });
 }
 
 int num_threads() {

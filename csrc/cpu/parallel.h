@@ -7,7 +7,7 @@
 
 namespace lgd {
 
-// at::parallel_for behind a plain function pointer.
+// body(context, begin, end) for blocks of at least `grain` that cover the range, on the threads of at::parallel_for.
 void parallel_for_erased(
     int64_t begin, int64_t end, int64_t grain, void (*body)(const void* context, int64_t begin, int64_t end),
     const void* context);

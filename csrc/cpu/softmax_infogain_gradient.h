@@ -52,7 +52,9 @@ inline void stream_gradient(
     int64_t count, Acc* target) {
   using Vec = Vectorized<Acc>;
   constexpr int64_t V = Vec::size();
-  const auto entry = [&](int64_t i) { return i < entries.count ? entries.col[i] - begin : count; };
+  const auto entry = [&](int64_t i) { // where it lies in the chunk; `count` for none, or one in a later chunk
+    return i < entries.count && entries.col[i] - begin < count ? entries.col[i] - begin : count;
+  };
   int64_t next = 0;
   while (entry(next) < 0) {
     ++next;

@@ -283,14 +283,15 @@ class LaneKernel {
     for (int64_t i = 0; i < rows; ++i) { // without a branch, which would keep the compiler from vectorizing
       const int64_t l = labels.data[i * stride];
       const int64_t l_or_minus_1 = l | -static_cast<int64_t>((l == ignored) | (static_cast<uint64_t>(l) >= n_rows));
+      label_or_minus_1[i] = l_or_minus_1;
       lane_label[i] = static_cast<Acc>(l_or_minus_1);
       all |= l_or_minus_1;
     }
     return all >= 0;
   }
 
-  bool counted(int64_t i) const { return lane_label[i] >= 0; }
-  int64_t label(int64_t i) const { return counted(i) ? static_cast<int64_t>(lane_label[i]) : 0; }
+  bool counted(int64_t i) const { return label_or_minus_1[i] >= 0; }
+  int64_t label(int64_t i) const { return counted(i) ? label_or_minus_1[i] : 0; }
 
   void read(const PerRow<const Acc>& source, Acc* values) const {
     const Along<const Acc> from = along(source);
@@ -588,8 +589,9 @@ class LaneKernel {
   Acc* exponentials;
   Acc* matrix; // rows of H
 
-  int64_t outer = 0, inner = 0, rows = 0; // the first row, and how many
-  Acc lane_label[kMaxRows] = {};          // -1 where the row does not count
+  int64_t outer = 0, inner = 0, rows = 0;  // the first row, and how many
+  int64_t label_or_minus_1[kMaxRows] = {}; // -1 where the row does not count
+  Acc lane_label[kMaxRows] = {}; // to be compared with classes; a row of H may have too large a number for a float
   bool all_counted = false;
   Acc diagonal[kMaxRows] = {};                        // H[l, l] where H has a diagonal
   Acc upstream[kMaxRows] = {}, on_lse[kMaxRows] = {}; // upstream gradients of loss and lse
@@ -608,6 +610,7 @@ void run_by_lanes(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutp
       const int64_t start = i % per_run * block, n_rows = length - start < block ? length - start : block;
       kernel(in.inner == 1 ? start : i / per_run, in.inner == 1 ? 0 : start, n_rows);
     }
+    fence_streams();
   };
   parallel_for(0, runs * per_run, kGrain / (in.classes * block) + 1, blocks);
 }

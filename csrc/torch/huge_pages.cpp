@@ -8,10 +8,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -20,18 +23,48 @@ namespace lgd {
 #ifdef __linux__
 namespace {
 
+constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kWorthwhile = kHugePage / 2;
 constexpr size_t kKept = size_t(256) << 20;
 
 struct Block {
-  void* data;
-  size_t size; // a multiple of kHugePage, as is the address
+  void* data;  // at the start of a huge page
+  size_t size; // a multiple of kPage
 };
+
+// `size` bytes on huge pages, but for the last ones, which fill none.
+Block map_block(size_t size) {
+  const size_t reserved = size + kHugePage;
+  void* mapped = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "cannot allocate ", size, " bytes for a gradient");
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(mapped), data = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (data > begin) {
+    munmap(mapped, data - begin);
+  }
+  if (begin + reserved > data + size) {
+    munmap(reinterpret_cast<void*>(data + size), begin + reserved - data - size);
+  }
+  madvise(reinterpret_cast<void*>(data), size, MADV_HUGEPAGE); // advice: failure changes nothing
+  return {reinterpret_cast<void*>(data), size};
+}
 
 // Freed blocks, the most recent last, at most kKept bytes of them.
 class Pool {
  public:
+  static Pool& instance() {
+    static Pool* const pool = [] { // never destroyed: tensors may outlive static objects
+      auto* made = new Pool;
+      made->blocks_.reserve(kKept / kWorthwhile + 1); // so that a deleter never has to allocate
+      // a child of fork must not inherit the lock in the hands of a thread that it does not have
+      pthread_atfork(
+          [] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); }, [] { instance().mutex_.unlock(); });
+      return made;
+    }();
+    return *pool;
+  }
+
+  // A kept block that fits, or a new one.
   Block take(size_t size) {
     {
       const std::lock_guard lock(mutex_);
@@ -44,34 +77,36 @@ class Pool {
         }
       }
     }
-    return map(size);
+    return map_block(size);
   }
 
   void give_back(Block block) {
-    const std::lock_guard lock(mutex_);
-    blocks_.push_back(block);
-    kept_ += block.size;
-    while (kept_ > kKept) {
-      kept_ -= blocks_.front().size;
-      munmap(blocks_.front().data, blocks_.front().size);
-      blocks_.erase(blocks_.begin());
+    if (block.size > kKept) {
+      munmap(block.data, block.size);
+      return;
+    }
+    keep(block);
+    while (const std::optional<Block> oldest = take_if_too_much()) {
+      munmap(oldest->data, oldest->size); // outside the lock: it may take long
     }
   }
 
  private:
-  static Block map(size_t size) {
-    const size_t reserved = size + kHugePage;
-    void* mapped = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "cannot allocate ", size, " bytes for a gradient");
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(mapped), data = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    if (data > begin) {
-      munmap(mapped, data - begin);
+  void keep(Block block) {
+    const std::lock_guard lock(mutex_);
+    blocks_.push_back(block);
+    kept_ += block.size;
+  }
+
+  std::optional<Block> take_if_too_much() {
+    const std::lock_guard lock(mutex_);
+    if (kept_ <= kKept) {
+      return std::nullopt;
     }
-    if (begin + reserved > data + size) {
-      munmap(reinterpret_cast<void*>(data + size), begin + reserved - data - size);
-    }
-    madvise(reinterpret_cast<void*>(data), size, MADV_HUGEPAGE); // advice: failure changes nothing
-    return {reinterpret_cast<void*>(data), size};
+    const Block oldest = blocks_.front();
+    blocks_.erase(blocks_.begin());
+    kept_ -= oldest.size;
+    return oldest;
   }
 
   std::mutex mutex_;
@@ -79,24 +114,20 @@ class Pool {
   size_t kept_ = 0;
 };
 
-Pool& pool() {
-  static Pool* const instance = new Pool; // never destroyed: tensors may outlive static objects
-  return *instance;
-}
-
 void free_block(void* context) {
-  const Block* block = static_cast<Block*>(context);
+  const std::unique_ptr<Block> block(static_cast<Block*>(context));
   c10::profiledCPUMemoryReporter().Delete(block->data);
-  pool().give_back(*block);
-  delete block;
+  Pool::instance().give_back(*block);
 }
 
 class HugePageAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const Block block = pool().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
-    c10::profiledCPUMemoryReporter().New(block.data, bytes);
-    return {block.data, new Block(block), &free_block, at::Device(at::kCPU)};
+    auto block = std::make_unique<Block>();
+    *block = Pool::instance().take((bytes + kPage - 1) / kPage * kPage);
+    void* const data = block->data;
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    return {data, block.release(), &free_block, at::Device(at::kCPU)};
   }
 
   void copy_data(void* destination, const void* source, size_t bytes) const override {

@@ -20,6 +20,12 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def _is_batched(tensor: Tensor | None) -> bool:
+    """Whether the backward pass itself runs under a vmap, as for `torch.autograd.grad(..., is_grads_batched=True)`."""
+    functorch = torch._C._functorch
+    return tensor is not None and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
 def _tangent_of_rows(terms, parts, tangents, n_classes: int) -> Tensor | None:
     """The change of H[labels] when H's parts change by `tangents`; None when none of them does."""
     if all(tangent is None for tangent in tangents):
@@ -104,7 +110,7 @@ class SoftmaxInfogain(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if differentiable:
                 grad_logits = softmax_infogain_backward(*rows, grad_loss, grad_lse)
-            elif row_scale is None or _graph_is_kept():
+            elif row_scale is None or _graph_is_kept() or _is_batched(grad_loss) or _is_batched(grad_lse):
                 grad_logits = ops.softmax_infogain_backward(*rows, grad_loss, grad_lse)
             else:  # nobody else will read the gradient made in advance: correct it in place where it must be
                 ops.softmax_infogain_backward_(grad, row_scale, *rows, grad_loss, grad_lse)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels import ops
+from lgd_kernels.arguments import check_bool, check_int, check_number
 from lgd_kernels.autograd.softmax_infogain import softmax_infogain
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
@@ -40,12 +41,8 @@ def _check_options(reduction: str, normalization: str | None, z_loss: float, ign
         _one_of("normalization", normalization, NORMALIZATIONS)
         if reduction != "mean":
             raise ValueError(f"normalization: {normalization!r} needs reduction='mean', got reduction={reduction!r}")
-    if not isinstance(z_loss, (int, float)):
-        raise TypeError(f"z_loss: expected a number, got {type(z_loss).__name__}")
-    if not -math.inf < z_loss < math.inf:  # math.isfinite cannot be traced for a dynamic number
-        raise ValueError(f"z_loss: must be finite, got {z_loss}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    check_number("z_loss", z_loss)
+    check_int("ignore_index", ignore_index)
 
 
 def _class_axis(logits: Tensor, axis: int) -> int:
@@ -54,8 +51,9 @@ def _class_axis(logits: Tensor, axis: int) -> int:
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
     if logits.dtype not in _FLOATING:
         raise TypeError(f"logits: dtype must be float64, float32, bfloat16 or float16, got {logits.dtype}")
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"axis: expected an int, got {type(axis).__name__}")
+    if logits.layout != torch.strided:
+        raise TypeError(f"logits: expected a dense tensor, got layout {logits.layout}")
+    check_int("axis", axis)
     if logits.dim() == 0:
         raise ValueError("logits: expected at least 1 dimension, got a scalar of shape ()")
     if logits.dim() == 1 and axis == 1:
@@ -119,6 +117,7 @@ def _canonical(
     _check_per_row("labels", labels, logits, axis)
     if labels.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"labels: dtype must be int64 or uint8, got {labels.dtype}")
+    labels = labels.to(torch.int64)  # before they are compared with ignore_index: in uint8, -100 is 156
     weight = None
     if sample_weight is not None:
         _check_per_row("sample_weight", sample_weight, logits, axis)
@@ -129,7 +128,7 @@ def _canonical(
         weight = _in_rows(weight, logits, axis)
     parts = _parts_for(H, logits, axis)
     rows = _as_three_dimensions(logits, axis)
-    return _Rows(rows, _in_rows(labels, logits, axis).to(torch.int64), parts, ignore_index, z_loss, weight)
+    return _Rows(rows, _in_rows(labels, logits, axis), parts, ignore_index, z_loss, weight)
 
 
 def _as_three_dimensions(logits: Tensor, axis: int) -> Tensor:
@@ -185,7 +184,8 @@ def _reduced_loss(
 
 def _result_dtype(logits: Tensor) -> torch.dtype:
     """The logits' dtype; float32 under autocast, as for torch.nn.functional.cross_entropy."""
-    autocast = torch.is_autocast_enabled(logits.device.type)
+    device = logits.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
 
 
@@ -244,6 +244,9 @@ def softmax_infogain_loss(
     """
     axis = _class_axis(logits, axis)
     _check_options(reduction, normalization, z_loss, ignore_index)
+    check_bool("return_probabilities", return_probabilities)
+    check_bool("return_lse", return_lse)
+    check_bool("return_grad_norm", return_grad_norm)
     rows = _canonical(logits, labels, H, sample_weight, ignore_index, axis, z_loss)
     denominator = _denominator(rows, normalization) if reduction == "mean" else None
     loss, lse, norm = _reduced_loss(rows, reduction, denominator, return_lse, return_grad_norm)
@@ -299,8 +302,10 @@ class SoftmaxInfogainLoss(nn.Module):
                 f"H={H!r} together with weight or label_smoothing: those are kinds of H; "
                 "use Infogain.diagonal or Infogain.label_smoothing, or build the product as Infogain.dense"
             )
+        check_number("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: must be between 0 and 1, got {label_smoothing}")
+        check_int("axis", axis)
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
         if weight is not None and (weight.dim() != 1 or weight.dtype not in _FLOATING):
@@ -325,7 +330,7 @@ class SoftmaxInfogainLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss; see `softmax_infogain_loss` for shapes and errors."""
-        if self._kind is None and isinstance(labels, Tensor) and labels.is_floating_point():
+        if isinstance(labels, Tensor) and labels.is_floating_point():
             return self._loss_of_probabilities(logits, labels, sample_weight)
         if self.weight is None:
             return softmax_infogain_loss(
@@ -351,7 +356,8 @@ class SoftmaxInfogainLoss(nn.Module):
     def _smoothing(self, logits: Tensor) -> Infogain | None:
         if self.label_smoothing == 0:
             return None
-        return Infogain.label_smoothing(self.label_smoothing, logits.shape[_class_axis(logits, self.axis)])
+        axis = _class_axis(logits, self.axis)
+        return Infogain.label_smoothing(self.label_smoothing, logits.shape[axis])
 
     def _weighted(self, logits: Tensor, axis: int) -> Infogain:
         """H[l, j] = (1 - e) w_l [l = j] + e w_j / C, as PyTorch weights a smoothed label."""
@@ -379,6 +385,11 @@ class SoftmaxInfogainLoss(nn.Module):
 
     def _loss_of_probabilities(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         """Class-probability targets: every row has a row of H of its own."""
+        if self._kind is not None:
+            raise TypeError(
+                f"labels: class probabilities ({target.dtype}) cannot be combined with H={self.H!r}; with an H, labels "
+                "are int64 or uint8"
+            )
         axis = _class_axis(logits, self.axis)
         if target.shape != logits.shape:
             raise ValueError(

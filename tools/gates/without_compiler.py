@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -66,8 +67,10 @@ def check_report(report: dict, library: Path) -> None:
 def _results(name: str, library: Path, backend: str, *options: str) -> dict:
     """The report of tests/fixed_results.py on the package in `library`, with its name and the file of its results."""
     file = WORK / f"{library.parent.name}-{backend}.npz"
-    command = [sys.executable, ROOT / "tests" / "fixed_results.py", file, *options]
-    output = run(command, name, cwd=WORK, PYTHONPATH=library, LGD_BACKEND=backend, PYTHONWARNINGS="ignore")
+    # -S: no .pth files; that of an editable installation would find the extension of this checkout
+    command = [sys.executable, "-S", ROOT / "tests" / "fixed_results.py", file, *options]
+    path = os.pathsep.join([str(library), *(entry for entry in sys.path if Path(entry).name == "site-packages")])
+    output = run(command, name, cwd=WORK, PYTHONPATH=path, LGD_BACKEND=backend, PYTHONWARNINGS="ignore")
     return {**json.loads(output.splitlines()[-1]), "name": name, "file": file}
 
 

@@ -1,0 +1,37 @@
+"""Checks of arguments that are not tensors, with messages that name the argument and what was given."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+_LARGEST = sys.float_info.max
+_INT64 = range(-(2**63), 2**63)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise TypeError unless value is an int or a float, ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {_described(value)}")
+    if not -_LARGEST <= value <= _LARGEST:  # math.isfinite cannot be traced for a dynamic number
+        raise ValueError(f"{name}: must be finite, got {'an int beyond floats' if isinstance(value, int) else value}")
+
+
+def check_int(name: str, value: int) -> None:
+    """Raise TypeError unless value is an int (and not a bool), ValueError unless 64 bits hold it."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {_described(value)}")
+    if isinstance(value, int) and value not in _INT64:
+        raise ValueError(f"{name}: must fit 64 bits, got {value}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raise TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {_described(value)}")
+
+
+def _described(value: object) -> str:
+    kind = type(value).__name__
+    return f"{kind} {value!r}" if isinstance(value, (str, int, float)) else kind
