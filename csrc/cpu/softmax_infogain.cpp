@@ -72,7 +72,7 @@ class RowKernel {
     const int64_t n_chunks = chunks_of(in.classes);
     Sums<Acc> only_chunk;
     Sums<Acc>* chunks = n_chunks <= 1 ? &only_chunk : scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
-    const Ahead ahead = n_chunks == 1 ? ahead_of(row, outer, inner) : row.nothing_ahead();
+    const Ahead ahead = n_chunks == 1 ? ahead_of(row, outer, inner) : Ahead{};
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
       row.chunk_sums(c * kChunk, w, ahead, chunks[c]);
     });
@@ -131,11 +131,11 @@ class RowKernel {
 
   // The row that this thread comes to next, where rows lie one behind the other, and this row's gradient.
   Ahead ahead_of(const Row_& row, int64_t outer, int64_t inner) const {
-    Ahead ahead = row.nothing_ahead();
+    Ahead ahead;
     if (in.inner == 1 && in.logits.class_stride == 1 && outer + 1 < in.outer) {
       const int64_t size = element_size(in.logits.dtype);
       ahead.logits = {row.x.data + in.logits.outer_stride * size, size};
-      ahead.matrix = next_matrix_row(outer, ahead.matrix);
+      ahead.matrix = next_matrix_row(outer);
     }
     if (out.grad.data != nullptr && out.grad.class_stride == 1 && !out.stream_grad) {
       ahead.gradient = {writable_row_at(out.grad, outer, inner).data, element_size(out.grad.dtype)};
@@ -143,11 +143,11 @@ class RowKernel {
     return ahead;
   }
 
-  Ahead::Stream next_matrix_row(int64_t outer, Ahead::Stream otherwise) const {
+  Ahead::Stream next_matrix_row(int64_t outer) const {
     const InfogainView& h = in.infogain;
     const int64_t label = in.labels.at(outer + 1, 0);
     if (base != Base::Dense || h.matrix_class_stride != 1 || label < 0 || label >= h.n_rows) {
-      return otherwise;
+      return {};
     }
     const int64_t size = element_size(h.matrix_dtype);
     return {static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * size, size};
@@ -249,7 +249,7 @@ struct DoubleBackwardKernel {
     const int64_t n_chunks = chunks_of(in.classes);
     auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
-      row.chunk_sums(c * kChunk, w, row.nothing_ahead(), chunks[c]);
+      row.chunk_sums(c * kChunk, w, Ahead{}, chunks[c]);
     });
     Sums<Acc> sums;
     row.combine(chunks, n_chunks, work, sums);
@@ -330,7 +330,7 @@ void backward_matrix(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainB
     const int64_t n_chunks = chunks_of(in.classes);
     auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
-      row.chunk_sums(c * kChunk, w, row.nothing_ahead(), chunks[c]);
+      row.chunk_sums(c * kChunk, w, Ahead{}, chunks[c]);
     });
     Sums<Acc> sums;
     row.combine(chunks, n_chunks, work, sums);

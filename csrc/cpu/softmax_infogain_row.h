@@ -49,21 +49,20 @@ struct Workspace {
 // and the row that the gradient goes to. 4.6 -> 3.9 ms at (8192, 1000) on one thread.
 struct Ahead {
   struct Stream {
-    const char* data;
-    int64_t element_size; // 0: nothing to fetch
+    const char* data = nullptr; // nullptr: nothing to fetch
+    int64_t element_size = 0;
 
-    const char* at(int64_t element) const { return data + element * element_size; }
+    // The memory of the next two vectors of n elements.
+    template <bool for_writing>
+    inline void fetch_two(int64_t n) {
+      if (data != nullptr) {
+        __builtin_prefetch(data, for_writing);
+        __builtin_prefetch(data + n * element_size, for_writing);
+        data += 2 * n * element_size;
+      }
+    }
   };
   Stream logits, matrix, gradient;
-
-  template <bool with_matrix>
-  void prefetch(int64_t element) const {
-    __builtin_prefetch(logits.at(element), 0);
-    __builtin_prefetch(gradient.at(element), 1);
-    if constexpr (with_matrix) {
-      __builtin_prefetch(matrix.at(element), 0);
-    }
-  }
 };
 
 // Passed on by reference only: a copy, made in larger pieces than the numbers were written in, would wait for all
@@ -138,7 +137,7 @@ inline Vectorized<Acc> accumulate(
 // exponentials[i] = exp(x[i] - shift), and the sums. For Base::Constant, dot and mass leave the constant out.
 template <Base base, typename Acc>
 inline void sum_exponentials(
-    const Acc* x, const Acc* h, int64_t count, Acc shift, Acc* exponentials, const Ahead& ahead, Sums<Acc>& sums) {
+    const Acc* x, const Acc* h, int64_t count, Acc shift, Acc* exponentials, Ahead ahead, Sums<Acc>& sums) {
   using Vec = Vectorized<Acc>;
   constexpr int64_t V = Vec::size();
   const Vec zero(Acc(0)), s(shift);
@@ -149,8 +148,11 @@ inline void sum_exponentials(
       h0 = Vec::loadu(h + i);
       h1 = Vec::loadu(h + i + V);
     }
-    ahead.prefetch<base == Base::Dense>(i);
-    ahead.prefetch<base == Base::Dense>(i + V);
+    ahead.logits.fetch_two<false>(V);
+    ahead.gradient.fetch_two<true>(V);
+    if constexpr (base == Base::Dense) {
+      ahead.matrix.fetch_two<false>(V);
+    }
     accumulate<base>(Vec::loadu(x + i) - s, h0, exp0, dot0, mass0).store(exponentials + i);
     accumulate<base>(Vec::loadu(x + i + V) - s, h1, exp1, dot1, mass1).store(exponentials + i + V);
   }
@@ -284,7 +286,7 @@ struct LabelledRow {
     const Acc* values = load_row(x, begin, count, work.logits);
     Sums<Acc> unused;
     sum_exponentials<Base::Zero>(
-        values, static_cast<const Acc*>(nullptr), count, shift, work.exponentials, nothing_ahead(), unused);
+        values, static_cast<const Acc*>(nullptr), count, shift, work.exponentials, Ahead{}, unused);
   }
 
   // <H, v> over the chunk at `begin`, for v = values; entries left out.
@@ -309,8 +311,6 @@ struct LabelledRow {
       sum_exponentials<Base::Zero>(values, h, count, shift, work.exponentials, ahead, sums);
     }
   }
-
-  Ahead nothing_ahead() const { return {{x.data, 0}, {x.data, 0}, {x.data, 0}}; }
 
   // The sums of the whole row from those of its chunks. A row of only -inf gives max = -inf and exp = NaN.
   void combine(const Sums<Acc>* chunks, int64_t n_chunks, const Workspace<Acc>& work, Sums<Acc>& row) const {
