@@ -57,7 +57,7 @@ def measure(workloads: list[Workload], seconds: float) -> list[Row]:
     """The rows of a run over these workloads, each timed for about this many seconds."""
     machine, gemm_rate = describe_machine(), measure_gemm_rate()
     rows: list[Row] = []
-    with tqdm(total=len(workloads), bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}") as progress:
+    with tqdm(total=len(workloads) * (1 + 1e-9), bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}") as progress:
         for workload in workloads:
             progress.set_description(workload.label)
             rows += measure_workload(workload, seconds, machine, gemm_rate, progress.update)
