@@ -117,7 +117,8 @@ def _canonical(
     _check_per_row("labels", labels, logits, axis)
     if labels.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"labels: dtype must be int64 or uint8, got {labels.dtype}")
-    labels = labels.to(torch.int64)  # before they are compared with ignore_index: in uint8, -100 is 156
+    if labels.dtype == torch.uint8:
+        labels = labels.to(torch.int64)  # before they are compared with ignore_index: in uint8, -100 is 156
     weight = None
     if sample_weight is not None:
         _check_per_row("sample_weight", sample_weight, logits, axis)
@@ -185,7 +186,7 @@ def _reduced_loss(
 def _result_dtype(logits: Tensor) -> torch.dtype:
     """The logits' dtype; float32 under autocast, as for torch.nn.functional.cross_entropy."""
     device = logits.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
     return torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
 
 
