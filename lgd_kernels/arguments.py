@@ -1,10 +1,13 @@
-"""Checks of arguments that are not tensors, with messages that name the argument and what was given."""
+"""Checks of arguments that all losses share, with messages that name the argument and what was given."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _LARGEST = sys.float_info.max
 _INT64 = range(-(2**63), 2**63)
@@ -30,6 +33,13 @@ def check_bool(name: str, value: bool) -> None:
     """Raise TypeError unless value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {_described(value)}")
+
+
+def one_of(name: str, value: str, valid: Sequence[str]) -> int:
+    """The position of value in valid. Raises ValueError if it is not there."""
+    if value not in valid:
+        raise ValueError(f"{name}: unknown value {value!r}; choose one of {', '.join(map(repr, valid))}")
+    return valid.index(value)
 
 
 def _described(value: object) -> str:

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import ops, reference
-from lgd_kernels.arguments import check_int, check_number
+from lgd_kernels.arguments import FLOATING, check_int, check_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class InfogainParts(NamedTuple):
@@ -36,7 +34,7 @@ def _checked(name: str, tensor: Tensor, dim: int) -> Tensor:
     """tensor, once it is known to be a finite floating-point tensor of `dim` dimensions."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATING:
+    if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: dtype must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; see Infogain.sparse")

@@ -26,6 +26,16 @@ def make(kind: str, N: int, C: int, dtype: torch.dtype = torch.float32, **option
     return Problem((torch.randn(N, C) * 3).to(dtype), torch.randint(C, (N,)), *KINDS[kind](C), **options)
 
 
+def identity_problem(logits: torch.Tensor, labels: torch.Tensor) -> Problem:
+    """The problem of (N, C) logits with H = identity, of which only the rows of the labels are made: C may be large."""
+    rows = torch.zeros(logits.shape, dtype=torch.float64)
+    rows[torch.arange(len(labels)), labels] = 1
+    problem = Problem(logits, labels, None, rows)
+    problem.exact = oracle.softmax_infogain(array(logits), np.arange(len(labels)), array(rows))
+    problem.plain = oracle.plain_softmax_infogain(logits, torch.arange(len(labels)), rows)
+    return problem
+
+
 def sharpened(problem: Problem) -> Problem:
     """The same with the logit of each label raised, as in a trained net: some rows are sure, some are wrong."""
     problem.logits[torch.arange(len(problem.labels)), problem.labels] += torch.linspace(-5, 15, len(problem.labels)).to(
@@ -600,11 +610,7 @@ def test_small_terms_beside_a_large_one(dtype, C, columns):
     logits[torch.arange(16), labels] = 0
     if columns:
         logits = logits.T.contiguous().T
-    rows = torch.zeros(16, C, dtype=torch.float64)
-    rows[torch.arange(16), labels] = 1
-    problem = Problem(logits, labels, None, rows)
-    problem.exact = oracle.softmax_infogain(array(logits), np.arange(16), array(rows))
-    problem.plain = oracle.plain_softmax_infogain(logits, torch.arange(16), rows)
+    problem = identity_problem(logits, labels)
     problem.check("sum")
 
 
@@ -665,11 +671,7 @@ def test_special_long_rows(dtype, columns):
     labels = torch.tensor([80_000, 100, 0, 5, C - 1, 0, 0, 0, 0, 40_000])
     if columns:
         logits = logits.T.contiguous().T
-    rows = torch.zeros(10, C, dtype=torch.float64)
-    rows[torch.arange(10), labels] = 1
-    problem = Problem(logits, labels, None, rows)
-    problem.exact = oracle.softmax_infogain(array(logits), np.arange(10), array(rows))
-    problem.plain = oracle.plain_softmax_infogain(logits, torch.arange(10), rows)
+    problem = identity_problem(logits, labels)
     assert np.isnan(problem.exact.loss.astype(float)).tolist() == [False] * 3 + [True] + [False] + [True] * 4 + [False]
     problem.check("none")
 

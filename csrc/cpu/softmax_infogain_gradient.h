@@ -44,8 +44,8 @@ struct GradientVectors {
 };
 
 // The gradient of a chunk with its entries, from registers to `target` around the cache. (By way of a block in the
-// cache it took 1.5 times as long in one process out of six: where that block and the exponentials lay a multiple of 4
-// KB apart, every load waited for a store. Spread over the arithmetic of the next row, it was 0 to 20 % slower.)
+// cache, the call took 1.7 times as long in one process out of eight; that block and the exponentials at a multiple of
+// 4 KB from each other may be why. Spread over the arithmetic of the next row, the call was 10 to 20 % slower.)
 template <Base base, typename Acc>
 inline void stream_gradient(
     const GradientVectors<base, Acc>& vectors, Acc p_factor, Acc h_factor, const Entries<Acc>& entries, int64_t begin,

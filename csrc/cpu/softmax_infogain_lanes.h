@@ -410,8 +410,8 @@ class LaneKernel {
   }
 
   // f(class, labels of the group's rows, the class as a vector), for all classes. Comparing each of them with the
-  // labels costs less than going to each label's place, 16 scalar steps, does: 69 + 80 -> 30 + 30 cycles for 16 rows
-  // of 10.
+  // labels takes the place of 16 scalar steps, which go to each label's place (69 cycles for the sums and 80 for the
+  // gradient of 16 rows of 10; together with the loads and stores in pieces, 0.35 -> 0.24 ms at (65536, 10)).
   template <typename F>
   void for_classes(int64_t first, const F& f) const {
     const Vec labels = Vec::loadu(lane_label + first), one(Acc(1));

@@ -66,7 +66,7 @@ struct Ahead {
 };
 
 // Passed on by reference only: a copy, made in larger pieces than the numbers were written in, would wait for all
-// stores before it, and the streamed ones are slow (9 % of the time at (8192, 1000)).
+// stores before it, and the streamed ones are slow (9 % of the samples at (8192, 1000), in a variant since dropped).
 template <typename Acc>
 struct Sums {
   Acc max = 0;     // what the logits were shifted by

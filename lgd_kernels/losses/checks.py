@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lgd_kernels.arguments import FLOATING, one_of
 from lgd_kernels.reference import ACTIVATIONS, HIDDEN_LOSSES
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, tensor: Tensor, dims: Sequence[int]) -> None:
@@ -40,13 +39,6 @@ def check_alike(tensors: dict[str, Tensor | None], autocast: bool) -> None:
             raise TypeError(f"{name}: has dtype {x.dtype}, but {first_name} has dtype {first.dtype}")
 
 
-def _one_of(name: str, value: str, valid: Sequence[str]) -> int:
-    """The position of value in valid."""
-    if value not in valid:
-        raise ValueError(f"{name}: unknown value {value!r}; choose one of {', '.join(map(repr, valid))}")
-    return valid.index(value)
-
-
 def _for_every_layer(name: str, value, n_layers: int) -> list:
     """One value for all layers, or a list with one per layer, as a list."""
     if not isinstance(value, (list, tuple)):
@@ -58,14 +50,14 @@ def _for_every_layer(name: str, value, n_layers: int) -> list:
 
 def activation_codes(activation: str | Sequence[str], n_layers: int) -> list[int]:
     """Names of activations as the codes of the ops."""
-    return [_one_of("activation", name, ACTIVATIONS) for name in _for_every_layer("activation", activation, n_layers)]
+    return [one_of("activation", name, ACTIVATIONS) for name in _for_every_layer("activation", activation, n_layers)]
 
 
 def hidden_loss_code(hidden_loss: str, kappa: float) -> int:
     """The name of a hidden loss as the code of the ops."""
     if not kappa > 0:
         raise ValueError(f"kappa: must be positive, got {kappa}")
-    return _one_of("hidden_loss", hidden_loss, HIDDEN_LOSSES)
+    return one_of("hidden_loss", hidden_loss, HIDDEN_LOSSES)
 
 
 def layer_numbers(name: str, value: float | Sequence[float], n_layers: int) -> list[float]:

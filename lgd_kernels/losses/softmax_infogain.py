@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lgd_kernels import ops
-from lgd_kernels.arguments import check_bool, check_int, check_number
+from lgd_kernels.arguments import FLOATING, check_bool, check_int, check_number, one_of
 from lgd_kernels.autograd.softmax_infogain import softmax_infogain
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
 
 REDUCTIONS = ("none", "sum", "mean")
 NORMALIZATIONS = ("full", "valid", "batch_size", "none")
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Rows(NamedTuple):
@@ -30,15 +29,10 @@ class _Rows(NamedTuple):
     sample_weight: Tensor | None  # (O, I), accumulation dtype
 
 
-def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"{name}: unknown value {value!r}; choose one of {', '.join(map(repr, valid))}")
-
-
 def _check_options(reduction: str, normalization: str | None, z_loss: float, ignore_index: int) -> None:
-    _one_of("reduction", reduction, REDUCTIONS)
+    one_of("reduction", reduction, REDUCTIONS)
     if normalization is not None:
-        _one_of("normalization", normalization, NORMALIZATIONS)
+        one_of("normalization", normalization, NORMALIZATIONS)
         if reduction != "mean":
             raise ValueError(f"normalization: {normalization!r} needs reduction='mean', got reduction={reduction!r}")
     check_number("z_loss", z_loss)
@@ -49,7 +43,7 @@ def _class_axis(logits: Tensor, axis: int) -> int:
     """axis as a non-negative number; 1 means 0 for unbatched logits."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
-    if logits.dtype not in _FLOATING:
+    if logits.dtype not in FLOATING:
         raise TypeError(f"logits: dtype must be float64, float32, bfloat16 or float16, got {logits.dtype}")
     if logits.layout != torch.strided:
         raise TypeError(f"logits: expected a dense tensor, got layout {logits.layout}")
@@ -122,7 +116,7 @@ def _canonical(
     weight = None
     if sample_weight is not None:
         _check_per_row("sample_weight", sample_weight, logits, axis)
-        if sample_weight.dtype not in _FLOATING:
+        if sample_weight.dtype not in FLOATING:
             raise TypeError(f"sample_weight: dtype must be floating, got {sample_weight.dtype}")
         counts = labels != ignore_index  # what an ignored row weighs is nobody's business: it may be NaN
         weight = torch.where(counts, sample_weight.to(accumulation_dtype(logits.dtype)), 0)
@@ -309,7 +303,7 @@ class SoftmaxInfogainLoss(nn.Module):
         check_int("axis", axis)
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
-        if weight is not None and (weight.dim() != 1 or weight.dtype not in _FLOATING):
+        if weight is not None and (weight.dim() != 1 or weight.dtype not in FLOATING):
             raise ValueError(
                 f"weight: expected a floating tensor of shape (C,), got {weight.dtype} {tuple(weight.shape)}"
             )
