@@ -28,6 +28,12 @@ auto softmax_infogain(LGD_ROW_PARAMETERS, const OptionalTensor& row_scale, bool 
   return lgd::softmax_infogain(LGD_ROW_ARGUMENTS, row_scale, need_lse, need_norm);
 }
 
+auto softmax_infogain_reduced(
+    LGD_ROW_PARAMETERS, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad) {
+  py::gil_scoped_release release;
+  return lgd::softmax_infogain_reduced(LGD_ROW_ARGUMENTS, sample_weight, divisor, need_grad);
+}
+
 auto softmax_infogain_backward(LGD_ROW_PARAMETERS, const Tensor& grad_loss, const OptionalTensor& grad_lse) {
   py::gil_scoped_release release;
   return lgd::softmax_infogain_backward(LGD_ROW_ARGUMENTS, grad_loss, grad_lse);
@@ -59,6 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("built_capabilities", [] { return std::vector<std::string>{"DEFAULT", "AVX2", "AVX512"}; });
   m.def("compiler", [] { return std::string("g++ ") + __VERSION__; });
   m.def("softmax_infogain", &softmax_infogain);
+  m.def("softmax_infogain_reduced", &softmax_infogain_reduced);
   m.def("softmax_infogain_backward", &softmax_infogain_backward);
   m.def("softmax_infogain_backward_", &softmax_infogain_backward_);
   m.def("softmax_infogain_double_backward", &softmax_infogain_double_backward);

@@ -100,11 +100,21 @@ def _softmax_infogain_fake(logits, labels, *rest):
     return loss, lse, logits.new_empty(0) if row_scale is None else torch.empty_like(logits), norm
 
 
+def _softmax_infogain_reduced_fake(logits, labels, *rest):
+    loss = logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
+    return loss, torch.empty_like(loss), torch.empty_like(logits) if rest[-1] else logits.new_empty(0)
+
+
 _define(
     "softmax_infogain",
     f"({_ROWS}, Tensor? row_scale, bool need_lse, bool need_norm) -> (Tensor, Tensor, Tensor, Tensor)",
     _softmax_infogain_fake,
     lambda info, in_dims, *args: _vmap_over_rows(softmax_infogain, {0, 1, 10}, info, in_dims, *args),
+)
+_define(
+    "softmax_infogain_reduced",
+    f"({_ROWS}, Tensor? sample_weight, float? divisor, bool need_grad) -> (Tensor, Tensor, Tensor)",
+    _softmax_infogain_reduced_fake,
 )
 _define(
     "softmax_infogain_backward",
@@ -141,6 +151,7 @@ _define(
 )
 
 softmax_infogain = torch.ops.lgd_kernels.softmax_infogain.default
+softmax_infogain_reduced = torch.ops.lgd_kernels.softmax_infogain_reduced.default
 softmax_infogain_backward = torch.ops.lgd_kernels.softmax_infogain_backward.default
 softmax_infogain_backward_ = torch.ops.lgd_kernels.softmax_infogain_backward_.default
 softmax_infogain_double_backward = torch.ops.lgd_kernels.softmax_infogain_double_backward.default

@@ -60,6 +60,8 @@ def test_opcheck(kind, dtype):
     check = torch.library.opcheck
     check(ops.softmax_infogain, (*rows, per_row(), True, True))
     check(ops.softmax_infogain, (*rows, None, False, False))
+    check(ops.softmax_infogain_reduced, (*rows, None, None, True))
+    check(ops.softmax_infogain_reduced, (*rows, per_row(), 3.0, False))
     check(ops.softmax_infogain_backward, (*rows, per_row(), None))
     check(ops.softmax_infogain_backward, (*rows, per_row(), per_row()))
     check(ops.softmax_infogain_backward_, (torch.randn_like(logits), per_row(), *rows, per_row(), None))

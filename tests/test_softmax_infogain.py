@@ -46,7 +46,7 @@ def sharpened(problem: Problem) -> Problem:
 
 def test_the_compiled_extension_has_every_op():
     wanted = [name for name in ops.names() if name.startswith("softmax_infogain")] + ["count_labels"]
-    assert len(wanted) == 6
+    assert len(wanted) == 7
     if backends.extension is not None:
         assert [name for name in wanted if not backends.has_kernel(name, "cpu")] == []
 
@@ -520,6 +520,30 @@ def test_an_ignored_row_may_have_any_weight(reduction):
     assert (norm[[1, 4]] == 0).all()
     (grad,) = torch.autograd.grad(loss.sum(), weight)
     assert (grad[[1, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("options", [{"reduction": "sum"}, {}, {"normalization": "full"}], ids=["sum", "mean", "full"])
+@by_some_kinds
+def test_asking_for_more_outputs_changes_no_bit(kind, options, weighted):
+    """The loss alone comes from an op that reduces; with another output it is reduced by PyTorch. An upstream gradient
+    other than 1 is rounded once more there."""
+    problem = make(kind, 9, 37)
+    problem.labels[::4] = -100
+    weight = torch.rand(9) if weighted else None
+    results = []
+    for more in ({}, {"return_lse": True}):
+        for scale in (1.0, 0.3):
+            x = problem.logits.clone().requires_grad_()
+            loss = lgd.softmax_infogain_loss(x, problem.labels, problem.H, sample_weight=weight, **options, **more)
+            loss = loss[0] if more else loss
+            (grad,) = torch.autograd.grad(scale * loss, x)
+            results.append((loss.detach(), grad))
+    (loss, grad), (loss_again, scaled_grad), (general_loss, general_grad), (_, general_scaled_grad) = results
+    assert torch.equal(loss, general_loss)
+    assert torch.equal(loss, loss_again)
+    assert torch.equal(grad, general_grad)
+    torch.testing.assert_close(scaled_grad, general_scaled_grad, rtol=1e-6, atol=1e-8)
 
 
 def test_count_labels():

@@ -13,7 +13,7 @@ namespace {
 
 // body(chunk, workspace) for every chunk of a row: on all threads, or on this one with its `own` workspace.
 template <typename Acc, typename Body>
-void for_chunks(int64_t classes, bool in_parallel, const Workspace<Acc>& own, const Body& body) {
+void for_chunks(int64_t classes, bool in_parallel, Workspace<Acc>& own, const Body& body) {
   const int64_t n_chunks = chunks_of(classes);
   if (!in_parallel) {
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
@@ -22,7 +22,7 @@ void for_chunks(int64_t classes, bool in_parallel, const Workspace<Acc>& own, co
     return;
   }
   parallel_for(0, n_chunks, 1, [&](int64_t begin, int64_t end) {
-    const Workspace<Acc> work(classes);
+    Workspace<Acc> work(classes);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       body(chunk, work);
     }
@@ -37,7 +37,7 @@ void for_rows(const SoftmaxInfogainInput<Acc>& in, const Kernel& kernel) {
   const int64_t n_rows = in.outer * in.inner;
   const bool split_rows = chunks_of(in.classes) > 1 && n_rows < 2 * num_threads();
   const auto range = [&](int64_t begin, int64_t end) {
-    const Workspace<Acc> work(in.classes);
+    Workspace<Acc> work(in.classes);
     int64_t outer = begin / in.inner, inner = begin % in.inner;
     for (int64_t i = begin; i < end; ++i) {
       kernel(outer, inner, split_rows, work);
@@ -64,7 +64,7 @@ class RowKernel {
  public:
   RowKernel(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out) : in(in), out(out) {}
 
-  void operator()(int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) const {
+  void operator()(int64_t outer, int64_t inner, bool in_parallel, Workspace<Acc>& work) const {
     const Row_ row(in, outer, inner);
     if (done_early(row, outer, inner)) {
       return;
@@ -86,11 +86,13 @@ class RowKernel {
     if (out.grad.data == nullptr) {
       return;
     }
-    for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
+    const Acc* next_row =
+        in.logits.dtype == dtype_of<Acc>() ? reinterpret_cast<const Acc*>(ahead.logits.data) : nullptr;
+    for_chunks(in.classes, in_parallel, work, [&](int64_t c, Workspace<Acc>& w) {
       if (n_chunks > 1) { // they were against the chunk's maximum, and another chunk's have replaced them
         row.exponentials(c * kChunk, summed.sums.max, w);
       }
-      write_gradient(row, summed, c * kChunk, w, outer, inner);
+      write_gradient(row, summed, c * kChunk, w, next_row, outer, inner);
     });
   }
 
@@ -129,28 +131,17 @@ class RowKernel {
     return true;
   }
 
-  // The row that this thread comes to next, where rows lie one behind the other, and this row's gradient.
+  // The row of logits that this thread comes to next, where rows lie one behind the other, and this row's gradient.
   Ahead ahead_of(const Row_& row, int64_t outer, int64_t inner) const {
     Ahead ahead;
     if (in.inner == 1 && in.logits.class_stride == 1 && outer + 1 < in.outer) {
       const int64_t size = element_size(in.logits.dtype);
       ahead.logits = {row.x.data + in.logits.outer_stride * size, size};
-      ahead.matrix = next_matrix_row(outer);
     }
     if (out.grad.data != nullptr && out.grad.class_stride == 1 && !out.stream_grad) {
       ahead.gradient = {writable_row_at(out.grad, outer, inner).data, element_size(out.grad.dtype)};
     }
     return ahead;
-  }
-
-  Ahead::Stream next_matrix_row(int64_t outer) const {
-    const InfogainView& h = in.infogain;
-    const int64_t label = in.labels.at(outer + 1, 0);
-    if (base != Base::Dense || h.matrix_class_stride != 1 || label < 0 || label >= h.n_rows) {
-      return {};
-    }
-    const int64_t size = element_size(h.matrix_dtype);
-    return {static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * size, size};
   }
 
   Summed summarize(const Row_& row, const Sums<Acc>& sums) const {
@@ -169,7 +160,8 @@ class RowKernel {
   }
 
   void write_gradient(
-      const Row_& row, const Summed& s, int64_t begin, const Workspace<Acc>& work, int64_t outer, int64_t inner) const {
+      const Row_& row, const Summed& s, int64_t begin, Workspace<Acc>& work, const Acc* next_row, int64_t outer,
+      int64_t inner) const {
     const Row target = writable_row_at(out.grad, outer, inner);
     const Acc on_lse = upstream_of_lse(outer, inner);
     if (!row.counted && on_lse == 0) {
@@ -185,15 +177,15 @@ class RowKernel {
         store_row(g, target, first, count);
       });
     } else if (out.stream_grad && row.counted) {
-      row.stream(begin, p_factor, upstream, work, address(begin));
+      row.stream(begin, p_factor, upstream, work, address(begin), next_row);
     } else {
       row.gradient(begin, p_factor, upstream, work, address, [](const Acc*, int64_t, int64_t) {});
     }
   }
 
   void write_norm(
-      const Row_& row, const Summed& summed, Sums<Acc>* chunks, bool in_parallel, const Workspace<Acc>& work,
-      int64_t outer, int64_t inner) const {
+      const Row_& row, const Summed& summed, Sums<Acc>* chunks, bool in_parallel, Workspace<Acc>& work, int64_t outer,
+      int64_t inner) const {
     for_chunks(in.classes, in_parallel, work, [&](int64_t c, const Workspace<Acc>& w) {
       if (in.classes > kChunk) {
         row.exponentials(c * kChunk, summed.sums.max, w);
@@ -243,7 +235,7 @@ struct DoubleBackwardKernel {
   const SoftmaxInfogainInput<Acc>& in;
   const SoftmaxInfogainDoubleBackward<Acc>& io;
 
-  void operator()(int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) const {
+  void operator()(int64_t outer, int64_t inner, bool in_parallel, Workspace<Acc>& work) const {
     const Row_ row(in, outer, inner);
     const ConstRow v = row_at(io.grad_grad, outer, inner);
     const int64_t n_chunks = chunks_of(in.classes);
@@ -325,7 +317,7 @@ struct DoubleBackwardKernel {
 
 template <typename Acc>
 void backward_matrix(const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainBackwardMatrix<Acc>& io) {
-  const auto sum_row = [&](int64_t outer, int64_t inner, bool in_parallel, const Workspace<Acc>& work) {
+  const auto sum_row = [&](int64_t outer, int64_t inner, bool in_parallel, Workspace<Acc>& work) {
     const LabelledRow<Base::Zero, Acc> row(in, outer, inner);
     const int64_t n_chunks = chunks_of(in.classes);
     auto* chunks = scratch_of<Sums<Acc>>(Scratch::Sums, n_chunks);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "infogain.h"
 #include "stream.h"
@@ -43,13 +44,29 @@ struct GradientVectors {
   }
 };
 
+// The largest element of a row, found in a loop over another row that leaves the load units idle: a streaming one, at
+// (8192, 1000) with a dense H 2.13 -> 2.02 ms.
+template <typename Acc>
+class MaxAlong {
+  using Vec = Vectorized<Acc>;
+  const Acc* row;
+  Vec max{-std::numeric_limits<Acc>::infinity()};
+
+ public:
+  explicit MaxAlong(const Acc* row) : row(row) {}
+
+  void see(int64_t i) { max = at::vec::clamp_min(max, Vec::loadu(row + i)); }
+  void see(int64_t i, int64_t n) { max = at::vec::clamp_min(max, first_lanes(n, Vec::loadu(row + i, n), max)); }
+  Acc result() const { return max_of_lanes(max); }
+};
+
 // The gradient of a chunk with its entries, from registers to `target` around the cache. (By way of a block in the
 // cache, the call took 1.7 times as long in one process out of eight; that block and the exponentials at a multiple of
 // 4 KB from each other may be why. Spread over the arithmetic of the next row, the call was 10 to 20 % slower.)
 template <Base base, typename Acc>
 inline void stream_gradient(
     const GradientVectors<base, Acc>& vectors, Acc p_factor, Acc h_factor, const Entries<Acc>& entries, int64_t begin,
-    int64_t count, Acc* target) {
+    int64_t count, Acc* target, MaxAlong<Acc>& next_row) {
   using Vec = Vectorized<Acc>;
   constexpr int64_t V = Vec::size();
   const auto entry = [&](int64_t i) { // where it lies in the chunk; `count` for none, or one in a later chunk
@@ -66,11 +83,13 @@ inline void stream_gradient(
       const int64_t end = entry(next);
       for (; i + V <= end; i += V) {
         stream_vector(target + i, vectors(i, V));
+        next_row.see(i);
       }
       continue;
     }
     // entries go into the register: a vector put together in memory and loaded would wait for all stores before it
     Vec piece = vectors(i, n);
+    next_row.see(i, n);
     for (; entry(next) < i + n; ++next) {
       const int64_t k = entry(next);
       const Acc value = p_factor * vectors.exponentials[k] - h_factor * entries.value[next];

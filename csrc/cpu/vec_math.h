@@ -1,7 +1,8 @@
-// exp and log of at::vec vectors for the ranges that a softmax needs: one or two operations cheaper per vector than the
-// general functions, and exact where it matters (exp(0) = 1, exp(-inf) = 0, NaN stays NaN).
+// Reductions of at::vec vectors, and their exp and log for the ranges that a softmax needs: one or two operations
+// cheaper per vector than the general functions, and exact where it matters (exp(0) = 1, exp(-inf) = 0, NaN stays NaN).
 #pragma once
 
+#include <ATen/cpu/vec/functional_base.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <cmath>
@@ -109,6 +110,26 @@ inline Vectorized<float> exp_nonpositive(Vectorized<float> x) {
 }
 
 #endif
+
+// `inside` in the first n lanes, `outside` in the others. (Vectorized::set is a call, for which the compiler keeps
+// every constant of the surrounding loop in memory: 8 loads for each vector.)
+template <typename T>
+inline Vectorized<T> first_lanes(int64_t n, Vectorized<T> inside, Vectorized<T> outside) {
+  using Vec = Vectorized<T>;
+  return Vec::blendv(outside, inside, Vec::arange(T(0), T(1)) < Vec(static_cast<T>(n)));
+}
+
+template <typename T>
+inline T sum_of_lanes(Vectorized<T> lanes) {
+  using Vec = Vectorized<T>;
+  return at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return a + b; }, lanes);
+}
+
+template <typename T>
+inline T max_of_lanes(Vectorized<T> lanes) {
+  using Vec = Vectorized<T>;
+  return at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return at::vec::clamp_min(a, b); }, lanes);
+}
 
 // x in the lanes where a == b, y in the others.
 template <typename T>

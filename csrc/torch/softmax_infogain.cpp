@@ -179,6 +179,29 @@ bool agree(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+constexpr int64_t kCountGrain = 32768; // labels for one thread: a few microseconds
+
+int64_t count(const at::Tensor& labels, int64_t ignore_index) {
+  const at::Tensor flat = labels.reshape({-1});
+  TORCH_CHECK_TYPE(flat.scalar_type() == at::kLong, "labels: dtype must be int64, got ", flat.scalar_type());
+  const int64_t* data = flat.const_data_ptr<int64_t>();
+  const int64_t stride = flat.stride(0);
+  const auto count_range = [=](int64_t begin, int64_t end, int64_t) {
+    int64_t n = 0;
+    if (stride == 1) { // a loop of its own, which the compiler vectorizes
+      for (int64_t i = begin; i < end; ++i) {
+        n += data[i] != ignore_index;
+      }
+      return n;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      n += data[i * stride] != ignore_index;
+    }
+    return n;
+  };
+  return at::parallel_reduce(0, flat.numel(), kCountGrain, int64_t(0), count_range, std::plus<>());
+}
+
 template <typename Acc>
 struct Kernels {
   static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
@@ -203,6 +226,20 @@ struct Kernels {
     }
     LGD_RUN(call, softmax_infogain, (call.input, out));
     return {loss, lse, grad, norm};
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> reduced(
+      const RowArguments& rows, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad) {
+    const auto options = rows.logits.options().dtype(c10::CppTypeToScalarType<Acc>::value);
+    const Acc denominator = static_cast<Acc>(divisor ? *divisor : double(count(rows.labels, rows.ignore_index)));
+    const at::Tensor scale = at::scalar_tensor(Acc(1) / denominator, options);
+    OptionalTensor row_scale;
+    if (need_grad) {
+      row_scale = sample_weight ? sample_weight->mul(scale) : scale.expand(rows.labels.sizes());
+    }
+    const auto [loss, lse, grad, norm] = forward(rows, row_scale, false, false);
+    const at::Tensor sum = (sample_weight ? loss.mul(*sample_weight) : loss).sum();
+    return {at::scalar_tensor(sum.item<Acc>() / denominator, options), scale, grad};
   }
 
   static void backward(
@@ -277,6 +314,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_infogain(
       rows.logits, [&](auto kernels) { return kernels.forward(rows, row_scale, need_lse, need_norm); });
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_infogain_reduced(
+    const RowArguments& rows, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad) {
+  return with_accumulation_type(
+      rows.logits, [&](auto kernels) { return kernels.reduced(rows, sample_weight, divisor, need_grad); });
+}
+
 at::Tensor softmax_infogain_backward(
     const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse) {
   const at::Tensor grad = empty_on_huge_pages(rows.logits);
@@ -304,28 +347,7 @@ at::Tensor softmax_infogain_backward_matrix(const RowArguments& rows, int64_t n_
       rows.logits, [&](auto kernels) { return kernels.backward_matrix(rows, n_rows, grad_loss); });
 }
 
-constexpr int64_t kCountGrain = 32768; // labels for one thread: a few microseconds
-
 at::Tensor count_labels(const at::Tensor& labels, int64_t ignore_index, at::ScalarType dtype) {
-  const at::Tensor flat = labels.reshape({-1});
-  TORCH_CHECK_TYPE(flat.scalar_type() == at::kLong, "labels: dtype must be int64, got ", flat.scalar_type());
-  const int64_t* data = flat.const_data_ptr<int64_t>();
-  const int64_t stride = flat.stride(0);
-  const auto count = [=](int64_t begin, int64_t end, int64_t) {
-    int64_t n = 0;
-    if (stride == 1) { // a loop of its own, which the compiler vectorizes
-      for (int64_t i = begin; i < end; ++i) {
-        n += data[i] != ignore_index;
-      }
-      return n;
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      n += data[i * stride] != ignore_index;
-    }
-    return n;
-  };
-  const int64_t total = at::parallel_reduce(0, flat.numel(), kCountGrain, int64_t(0), count, std::plus<>());
-  return at::scalar_tensor(total, labels.options().dtype(dtype));
+  return at::scalar_tensor(count(labels, ignore_index), labels.options().dtype(dtype));
 }
-
 } // namespace lgd

@@ -25,6 +25,9 @@ struct RowArguments {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_infogain(
     const RowArguments& rows, const OptionalTensor& row_scale, bool need_lse, bool need_norm);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_infogain_reduced(
+    const RowArguments& rows, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad);
+
 at::Tensor softmax_infogain_backward(
     const RowArguments& rows, const at::Tensor& grad_loss, const OptionalTensor& grad_lse);
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lgd_kernels import ops
 from lgd_kernels.arguments import FLOATING, check_bool, check_int, check_number, one_of
-from lgd_kernels.autograd.softmax_infogain import softmax_infogain
+from lgd_kernels.autograd.softmax_infogain import is_eager, softmax_infogain, softmax_infogain_reduced
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
 
@@ -19,9 +19,10 @@ NORMALIZATIONS = ("full", "valid", "batch_size", "none")
 
 
 class _Rows(NamedTuple):
-    """A loss call in the canonical shape of the ops."""
+    """A loss call, ready for the ops."""
 
-    logits: Tensor  # (O, C, I): a view of the caller's logits wherever their strides allow one
+    logits: Tensor  # as the caller gave them
+    shape: tuple[int, int, int]  # (O, C, I), in which the ops take them
     labels: Tensor  # (O, I), int64
     parts: InfogainParts
     ignore_index: int
@@ -93,11 +94,6 @@ def _parts_for(H: Infogain | None, logits: Tensor, axis: int) -> InfogainParts:
     return InfogainParts(*parts)
 
 
-def _in_rows(tensor: Tensor, logits: Tensor, axis: int) -> Tensor:
-    """A per-row tensor as (O, I)."""
-    return tensor.reshape(math.prod(logits.shape[:axis]), math.prod(logits.shape[axis + 1 :]))
-
-
 def _canonical(
     logits: Tensor,
     labels: Tensor,
@@ -107,44 +103,44 @@ def _canonical(
     axis: int,
     z_loss: float,
 ) -> _Rows:
-    """Check the arguments of a loss over integer labels and bring them into the shape of the ops."""
+    """Check the arguments of a loss over integer labels and prepare them for the ops."""
     _check_per_row("labels", labels, logits, axis)
     if labels.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"labels: dtype must be int64 or uint8, got {labels.dtype}")
     if labels.dtype == torch.uint8:
         labels = labels.to(torch.int64)  # before they are compared with ignore_index: in uint8, -100 is 156
-    weight = None
+    shape = math.prod(logits.shape[:axis]), logits.shape[axis], math.prod(logits.shape[axis + 1 :])
+    per_row, weight = (shape[0], shape[2]), None
     if sample_weight is not None:
         _check_per_row("sample_weight", sample_weight, logits, axis)
         if sample_weight.dtype not in FLOATING:
             raise TypeError(f"sample_weight: dtype must be floating, got {sample_weight.dtype}")
         counts = labels != ignore_index  # what an ignored row weighs is nobody's business: it may be NaN
         weight = torch.where(counts, sample_weight.to(accumulation_dtype(logits.dtype)), 0)
-        weight = _in_rows(weight, logits, axis)
-    parts = _parts_for(H, logits, axis)
-    rows = _as_three_dimensions(logits, axis)
-    return _Rows(rows, _in_rows(labels, logits, axis), parts, ignore_index, z_loss, weight)
+        weight = weight.reshape(per_row)
+    return _Rows(logits, shape, labels.reshape(per_row), _parts_for(H, logits, axis), ignore_index, z_loss, weight)
 
 
-def _as_three_dimensions(logits: Tensor, axis: int) -> Tensor:
-    """Logits as (O, C, I)."""
-    return logits.reshape(math.prod(logits.shape[:axis]), logits.shape[axis], math.prod(logits.shape[axis + 1 :]))
-
-
-def _denominator(rows: _Rows, normalization: str | None) -> Tensor | float:
-    """What the sum of the losses is divided by for reduction='mean'."""
-    outer, _, inner = rows.logits.shape
+def _denominator(rows: _Rows, reduction: str, normalization: str | None) -> Tensor | float | None:
+    """What the sum of the losses is divided by; None for the number of rows that are not ignored."""
+    if reduction != "mean":
+        return 1.0
+    outer, _, inner = rows.shape
     if normalization == "none":
         return 1.0
     if normalization == "batch_size":
         return float(max(outer, 1))
     if normalization == "full":
         return float(max(outer * inner, 1))
-    valid = ops.count_labels(rows.labels, rows.ignore_index, accumulation_dtype(rows.logits.dtype))
-    return valid if normalization is None else valid.clamp_min(1)
+    return None if normalization is None else _count(rows).clamp_min(1)
 
 
-def _expected_upstream(rows: _Rows, reduction: str, denominator: Tensor | float | None) -> Tensor | None:
+def _count(rows: _Rows) -> Tensor:
+    """The number of rows that are not ignored, in accumulation dtype."""
+    return ops.count_labels(rows.labels, rows.ignore_index, accumulation_dtype(rows.logits.dtype))
+
+
+def _expected_upstream(rows: _Rows, reduction: str, denominator: Tensor | float) -> Tensor | None:
     """The upstream gradient (O, I) that each row's loss will see if the result's own is 1; None where nobody can know
     it, or where the tracing of a compiler or a transform makes a gradient in advance a waste."""
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -153,28 +149,49 @@ def _expected_upstream(rows: _Rows, reduction: str, denominator: Tensor | float 
     if isinstance(denominator, Tensor):
         scale = denominator.reciprocal()
     else:
-        value = 1.0 if denominator is None else 1.0 / denominator
-        scale = torch.full((), value, dtype=accumulation_dtype(rows.logits.dtype), device=rows.logits.device)
+        scale = torch.full(
+            (), 1.0 / denominator, dtype=accumulation_dtype(rows.logits.dtype), device=rows.logits.device
+        )
     if rows.sample_weight is None:
         return scale.expand(rows.labels.shape)
     return rows.sample_weight.detach() * scale
 
 
-def _reduced_loss(
+def _reduced_loss(rows: _Rows, reduction: str, denominator: Tensor | float | None) -> Tensor:
+    """The loss, reduced or (O, I), in accumulation dtype: in one op where there is one for it."""
+    weight = rows.sample_weight
+    needs_more = reduction == "none" or isinstance(denominator, Tensor) or (weight is not None and weight.requires_grad)
+    if needs_more or not is_eager():
+        return _loss_lse_and_norm(rows, reduction, denominator)[0]
+    need_grad = rows.logits.requires_grad and torch.is_grad_enabled()
+    return softmax_infogain_reduced(
+        rows.logits,
+        rows.labels,
+        *rows.parts,
+        rows.ignore_index,
+        rows.z_loss,
+        weight,
+        denominator,
+        need_grad,
+        rows.shape,
+    )
+
+
+def _loss_lse_and_norm(
     rows: _Rows, reduction: str, denominator: Tensor | float | None, need_lse: bool = False, need_norm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, reduced or (O, I); log-sum-exp (O, I) or empty; gradient norm likewise), in accumulation dtype."""
+    weight = rows.sample_weight
+    denominator = _count(rows) if denominator is None else denominator
     row_scale = _expected_upstream(rows, reduction, denominator)
+    logits = rows.logits.reshape(rows.shape)
     loss, lse, _, norm = softmax_infogain(
-        rows.logits, rows.labels, *rows.parts, rows.ignore_index, rows.z_loss, row_scale, need_lse, need_norm
+        logits, rows.labels, *rows.parts, rows.ignore_index, rows.z_loss, row_scale, need_lse, need_norm
     )
-    if rows.sample_weight is not None:
-        loss = loss * rows.sample_weight
-        norm = norm * rows.sample_weight.detach().abs() if need_norm else norm
-    if reduction == "none":
-        return loss, lse, norm
-    loss = loss.sum()
-    return (loss if denominator is None else loss / denominator), lse, norm
+    if weight is not None:
+        loss = loss * weight
+        norm = norm * weight.detach().abs() if need_norm else norm
+    return loss if reduction == "none" else loss.sum() / denominator, lse, norm
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:
@@ -182,6 +199,12 @@ def _result_dtype(logits: Tensor) -> torch.dtype:
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
     return torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
+
+
+def _as_result(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss as the caller of a loss for these logits and labels gets it; one of every row (O, I) in their shape."""
+    loss = loss.reshape(labels.shape) if loss.dim() else loss
+    return loss if loss.dtype == logits.dtype else loss.to(_result_dtype(logits))
 
 
 def softmax_infogain_loss(
@@ -243,15 +266,13 @@ def softmax_infogain_loss(
     check_bool("return_lse", return_lse)
     check_bool("return_grad_norm", return_grad_norm)
     rows = _canonical(logits, labels, H, sample_weight, ignore_index, axis, z_loss)
-    denominator = _denominator(rows, normalization) if reduction == "mean" else None
-    loss, lse, norm = _reduced_loss(rows, reduction, denominator, return_lse, return_grad_norm)
-    dtype = _result_dtype(logits)
-    loss = (loss.reshape(labels.shape) if reduction == "none" else loss).to(dtype)
+    denominator = _denominator(rows, reduction, normalization)
     if not (return_probabilities or return_lse or return_grad_norm):
-        return loss
-    outputs = [loss]
+        return _as_result(_reduced_loss(rows, reduction, denominator), logits, labels)
+    loss, lse, norm = _loss_lse_and_norm(rows, reduction, denominator, return_lse, return_grad_norm)
+    outputs = [_as_result(loss, logits, labels)]
     if return_probabilities:
-        outputs.append(torch.softmax(logits, axis, dtype=dtype))
+        outputs.append(torch.softmax(logits, axis, dtype=_result_dtype(logits)))
     if return_lse:
         outputs.append(lse.reshape(labels.shape))
     if return_grad_norm:
@@ -342,11 +363,11 @@ class SoftmaxInfogainLoss(nn.Module):
         axis = _class_axis(logits, self.axis)
         H = self._weighted(logits, axis)
         rows = _canonical(logits, labels, H, sample_weight, self.ignore_index, axis, self.z_loss)
-        denominator = None
-        if self.reduction == "mean":
-            denominator = _denominator(rows, self.normalization) if self.normalization else self._sum_of_weights(rows)
-        loss, _, _ = _reduced_loss(rows, self.reduction, denominator)
-        return (loss.reshape(labels.shape) if self.reduction == "none" else loss).to(_result_dtype(logits))
+        if self.reduction == "mean" and self.normalization is None:
+            denominator = self._sum_of_weights(rows)
+        else:
+            denominator = _denominator(rows, self.reduction, self.normalization)
+        return _as_result(_reduced_loss(rows, self.reduction, denominator), logits, labels)
 
     def _smoothing(self, logits: Tensor) -> Infogain | None:
         if self.label_smoothing == 0:
@@ -408,9 +429,8 @@ class SoftmaxInfogainLoss(nn.Module):
         )
         rows = _canonical(logits, positions, None, sample_weight, -1, axis, self.z_loss)
         rows = rows._replace(parts=InfogainParts(matrix=target))
-        denominator = _denominator(rows, self.normalization or "full") if self.reduction == "mean" else None
-        loss, _, _ = _reduced_loss(rows, self.reduction, denominator)
-        return (loss.reshape(positions.shape) if self.reduction == "none" else loss).to(_result_dtype(logits))
+        denominator = _denominator(rows, self.reduction, self.normalization or "full")
+        return _as_result(_reduced_loss(rows, self.reduction, denominator), logits, positions)
 
     def extra_repr(self) -> str:
         options = f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"

@@ -22,6 +22,7 @@ from lgd_kernels.reference.softmax_infogain import (
     softmax_infogain_backward_,
     softmax_infogain_backward_matrix,
     softmax_infogain_double_backward,
+    softmax_infogain_reduced,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "softmax_infogain_backward_",
     "softmax_infogain_backward_matrix",
     "softmax_infogain_double_backward",
+    "softmax_infogain_reduced",
 ]

@@ -132,6 +132,37 @@ def softmax_infogain(
     return loss, lse, _in_the_layout_of(logits, grad), norm
 
 
+def softmax_infogain_reduced(
+    logits: Tensor,
+    labels: Tensor,
+    matrix: Tensor | None,
+    background: Tensor | None,
+    diagonal: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    sample_weight: Tensor | None,
+    divisor: float | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the losses of all rows, each times its sample_weight, over the divisor; 1 / divisor; the gradient of the
+    first, without elements unless need_grad). divisor None: the number of labels that are not ignore_index."""
+    dtype = accumulation_dtype(logits.dtype)
+    if divisor is None:
+        denominator = count_labels(labels, ignore_index, dtype)
+    else:
+        denominator = torch.full((), divisor, dtype=dtype, device=logits.device)
+    scale = denominator.reciprocal()
+    row_scale = scale.expand(labels.shape) if sample_weight is None else sample_weight * scale
+    parts = (matrix, background, diagonal, crow, col, values)
+    loss, _, grad, _ = softmax_infogain(
+        logits, labels, *parts, ignore_index, z_loss, row_scale if need_grad else None, False, False
+    )
+    return (loss if sample_weight is None else loss * sample_weight).sum() / denominator, scale, grad
+
+
 def softmax_infogain_backward(
     logits: Tensor,
     labels: Tensor,
