@@ -30,6 +30,7 @@ COMMON_SOURCES = [
     "csrc/torch/common.cpp",
     "csrc/torch/huge_pages.cpp",
     "csrc/torch/softmax_infogain.cpp",
+    "csrc/torch/softmax_infogain_autograd.cpp",
     "csrc/cpu/parallel.cpp",
 ]
 CAPABILITIES = {

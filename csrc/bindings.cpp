@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "torch/softmax_infogain.h"
+#include "torch/softmax_infogain_autograd.h"
 
 namespace {
 
@@ -32,6 +33,13 @@ auto softmax_infogain_reduced(
     LGD_ROW_PARAMETERS, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad) {
   py::gil_scoped_release release;
   return lgd::softmax_infogain_reduced(LGD_ROW_ARGUMENTS, sample_weight, divisor, need_grad);
+}
+
+auto softmax_infogain_reduced_with_node(
+    LGD_ROW_PARAMETERS, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad,
+    const std::vector<int64_t>& shape) {
+  py::gil_scoped_release release;
+  return lgd::softmax_infogain_reduced_with_node(LGD_ROW_ARGUMENTS, sample_weight, divisor, need_grad, shape);
 }
 
 auto softmax_infogain_backward(LGD_ROW_PARAMETERS, const Tensor& grad_loss, const OptionalTensor& grad_lse) {
@@ -66,6 +74,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("compiler", [] { return std::string("g++ ") + __VERSION__; });
   m.def("softmax_infogain", &softmax_infogain);
   m.def("softmax_infogain_reduced", &softmax_infogain_reduced);
+  m.def("softmax_infogain_reduced_with_node", &softmax_infogain_reduced_with_node);
+  m.def("set_backward_of_reduced", &lgd::set_backward_of_reduced);
   m.def("softmax_infogain_backward", &softmax_infogain_backward);
   m.def("softmax_infogain_backward_", &softmax_infogain_backward_);
   m.def("softmax_infogain_double_backward", &softmax_infogain_double_backward);

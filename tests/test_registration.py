@@ -459,3 +459,62 @@ def test_many_upstream_gradients_at_once(backend, kind):
         lambda x: lgd.softmax_infogain_loss(x, labels, H), logits.detach(), vectorize=True
     )
     torch.testing.assert_close(jacobian, grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors that are more than memory: they must not reach a kernel by a short cut
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(logits, labels, H=None):
+    loss = lgd.softmax_infogain_loss(logits, labels, H)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def test_lazily_negated_tensors():
+    logits = torch.randn(5, 4, dtype=torch.complex64).conj().imag
+    matrix = torch.rand(4, 4, dtype=torch.complex64).conj().imag
+    assert logits.is_neg() and matrix.is_neg()
+    labels = torch.randint(4, (5,))
+    lazy = loss_and_gradient(logits.requires_grad_(), labels, Infogain.dense(matrix))
+    plain = loss_and_gradient(
+        logits.detach().resolve_neg().requires_grad_(), labels, Infogain.dense(matrix.resolve_neg())
+    )
+    assert torch.equal(lazy[0], plain[0])
+    assert torch.equal(lazy[1], plain[1])
+
+
+def test_a_subclass_sees_the_ops():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    one, two, labels = torch.randn(5, 4), torch.randn(5, 4), torch.randint(4, (5,))
+    loss, gradient = loss_and_gradient(TwoTensor(one, two).requires_grad_(), TwoTensor(labels, labels))
+    for x, part_of_loss, part_of_gradient in ((one, loss.a, gradient.a), (two, loss.b, gradient.b)):
+        expected = loss_and_gradient(x.requires_grad_(), labels)
+        assert torch.equal(part_of_loss, expected[0])
+        assert torch.equal(part_of_gradient, expected[1])
+
+
+def test_a_dispatch_mode_sees_the_ops():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        loss_and_gradient(torch.randn(5, 4, requires_grad=True), torch.randint(4, (5,)))
+    assert ops.softmax_infogain in seen
+
+
+def test_tangents_of_plain_autograd():
+    """forward_ad without torch.func: dual tensors look like ordinary ones."""
+    logits, labels, H, dense = problem("dense_negative")
+    tangent = torch.randn_like(logits)
+    with forward_ad.dual_level():
+        loss = lgd.softmax_infogain_loss(forward_ad.make_dual(logits, tangent), labels, H)
+        change = forward_ad.unpack_dual(loss).tangent
+    torch.testing.assert_close(change, jvp(lambda x: plain_loss(x, labels, dense), (logits,), (tangent,))[1])

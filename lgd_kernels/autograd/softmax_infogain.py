@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lgd_kernels import ops, reference
+from lgd_kernels import backends, ops, reference
 from lgd_kernels.autograd.apply import apply
 
 _N_PARTS = 6  # matrix, background, diagonal, crow, col, values
@@ -30,11 +30,6 @@ def is_eager() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
     )
-
-
-def _is_one(grad_loss: Tensor) -> bool:
-    """Whether it is, as far as can be seen without waiting for a device."""
-    return grad_loss.device.type == "cpu" and is_eager() and grad_loss.item() == 1
 
 
 def _may_give_away(*upstream: Tensor | None) -> bool:
@@ -168,7 +163,9 @@ class SoftmaxInfogain(torch.autograd.Function):
 class SoftmaxInfogainReduced(torch.autograd.Function):
     """The sum of all rows' losses over a divisor, in one op: eager code saves the calls for the count, the upstream
     gradient, the sum, the division, a reshape, and their backward nodes, at (8192, 1000) 0.2 ms. For what `is_eager`
-    allows. Takes the logits as they are, and the shape (O, C, I) for the op."""
+    allows. Takes the logits as they are, and the shape (O, C, I) for the op.
+
+    Where it can, the compiled extension does the same in C++ (csrc/torch/softmax_infogain_autograd.cpp)."""
 
     @staticmethod
     def forward(ctx, logits, labels, *rest):
@@ -180,18 +177,25 @@ class SoftmaxInfogainReduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        logits, labels, *parts, sample_weight, scale, grad = ctx.saved_tensors
-        ignore_index, z_loss, shape = ctx.options
-        needed = ctx.needs_input_grad
-        may_give_away = ctx.made_in_advance and _may_give_away(grad_loss)
-        if may_give_away and _is_one(grad_loss) and not (torch.is_grad_enabled() or any(needed[2:])):
-            return grad.reshape(logits.shape), *[None] * (len(needed) - 1)
-        rows = (logits.reshape(shape), labels, *parts, ignore_index, z_loss)
-        row_scale = scale.expand(labels.shape) if sample_weight is None else sample_weight * scale
-        made = (grad, row_scale) if may_give_away else None
-        grad_logits, *others = _gradients(rows, needed, grad_loss * row_scale, None, made)
-        grad_logits = None if grad_logits is None else grad_logits.reshape(logits.shape)
-        return grad_logits, *others, *[None] * (len(needed) - 1 - len(others))
+        needed, saved = ctx.needs_input_grad, ctx.saved_tensors
+        gradients = _backward_of_reduced(grad_loss, saved, *ctx.options, ctx.made_in_advance, needed)
+        return *gradients, *[None] * (len(needed) - len(gradients))
+
+
+def _backward_of_reduced(
+    grad_loss: Tensor, saved, ignore_index: int, z_loss: float, shape, made_in_advance=True, needed=(True, *[False] * 7)
+) -> tuple[Tensor | None, ...]:
+    """The gradients of logits, labels (None) and H's parts; called from C++ too, with neither default replaced."""
+    logits, labels, *parts, sample_weight, scale, grad = saved
+    rows = (logits.reshape(shape), labels, *parts, ignore_index, z_loss)
+    row_scale = scale.expand(labels.shape) if sample_weight is None else sample_weight * scale
+    made = (grad.view(shape), row_scale) if made_in_advance and _may_give_away(grad_loss) else None
+    grad_logits, *others = _gradients(rows, needed, grad_loss * row_scale, None, made)
+    return None if grad_logits is None else grad_logits.reshape(logits.shape), *others
+
+
+if backends.extension is not None:
+    backends.extension.set_backward_of_reduced(_backward_of_reduced)
 
 
 class SoftmaxInfogainBackward(torch.autograd.Function):
@@ -294,8 +298,11 @@ def softmax_infogain(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def softmax_infogain_reduced(*args) -> Tensor:
     """The first result of `ops.softmax_infogain_reduced`, differentiable in logits and H's parts."""
-    args = torch._functorch.utils.unwrap_dead_wrappers(args)
-    return super(torch.autograd.Function, SoftmaxInfogainReduced).apply(*args)
+    if backends.implementation("softmax_infogain_reduced", args[0].device.type) is backends.extension is not None:
+        loss = backends.extension.softmax_infogain_reduced_with_node(*args)
+        if loss is not None:
+            return loss
+    return SoftmaxInfogainReduced.apply(*args)
 
 
 def softmax_infogain_backward(*args) -> Tensor:

@@ -1,0 +1,22 @@
+// The reduced loss of plain eager code together with its node in the graph.
+#pragma once
+
+#include <torch/extension.h>
+
+#include <vector>
+
+#include "softmax_infogain.h"
+
+namespace lgd {
+
+// What SoftmaxInfogainReduced in lgd_kernels/autograd/softmax_infogain.py does, for tensors that are nothing but memory
+// of the CPU and an H without gradient; no value for others. Same arguments: rows.logits of any shape, `shape` (O, C,
+// I).
+OptionalTensor softmax_infogain_reduced_with_node(
+    const RowArguments& rows, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad,
+    const std::vector<int64_t>& shape);
+
+// `backward` answers for the node whenever the gradient made in advance is not the answer.
+void set_backward_of_reduced(pybind11::object backward);
+
+} // namespace lgd
