@@ -137,11 +137,22 @@ class RowKernel {
     if (in.inner == 1 && in.logits.class_stride == 1 && outer + 1 < in.outer) {
       const int64_t size = element_size(in.logits.dtype);
       ahead.logits = {row.x.data + in.logits.outer_stride * size, size};
+      ahead.matrix = next_matrix_row(outer);
     }
     if (out.grad.data != nullptr && out.grad.class_stride == 1 && !out.stream_grad) {
       ahead.gradient = {writable_row_at(out.grad, outer, inner).data, element_size(out.grad.dtype)};
     }
     return ahead;
+  }
+
+  Ahead::Stream next_matrix_row(int64_t outer) const {
+    const InfogainView& h = in.infogain;
+    const int64_t label = in.labels.at(outer + 1, 0);
+    if (base != Base::Dense || h.matrix_class_stride != 1 || label < 0 || label >= h.n_rows) {
+      return {};
+    }
+    const int64_t size = element_size(h.matrix_dtype);
+    return {static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * size, size};
   }
 
   Summed summarize(const Row_& row, const Sums<Acc>& sums) const {
