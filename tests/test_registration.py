@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 Infogain = lgd.Infogain
 by_some_kinds = pytest.mark.parametrize("kind", SOME_KINDS)
 NO_H = InfogainParts()
+PASSES = ("forward", "backward")
 
 
 def plain_loss(x, labels, dense, reduction="mean"):
@@ -462,7 +464,7 @@ def test_many_upstream_gradients_at_once(backend, kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensors that are more than memory: they must not reach a kernel by a short cut
+# Who else may watch a call: none of them may be passed over by a short cut
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -507,7 +509,102 @@ def test_a_dispatch_mode_sees_the_ops():
 
     with Watch():
         loss_and_gradient(torch.randn(5, 4, requires_grad=True), torch.randint(4, (5,)))
-    assert ops.softmax_infogain in seen
+    assert ops.softmax_infogain_reduced in seen
+
+
+def test_a_subclass_with_torch_function_keeps_its_type():
+    class Named(torch.Tensor):
+        pass
+
+    logits, labels = torch.randn(5, 4).as_subclass(Named).requires_grad_(), torch.randint(4, (5,))
+    loss = lgd.softmax_infogain_loss(logits, labels)
+    assert type(loss) is Named
+    assert loss.item() == lgd.softmax_infogain_loss(logits.detach().as_subclass(torch.Tensor), labels).item()
+
+
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_checkpoint_with_a_dispatch_mode_in_one_of_the_passes(watched):
+    from torch.utils.checkpoint import checkpoint
+    from torch.utils.flop_counter import FlopCounterMode
+
+    logits, labels = torch.randn(5, 4, requires_grad=True), torch.randint(4, (5,))
+    mode = {name: FlopCounterMode(display=False) if name == watched else nullcontext() for name in PASSES}
+    with mode["forward"]:
+        loss = checkpoint(lgd.softmax_infogain_loss, logits, labels, use_reentrant=False)
+    with mode["backward"]:
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(gradient, loss_and_gradient(logits, labels)[1])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_jit_trace_records_the_loss():
+    labels, others = torch.randint(4, (5,)), torch.randn(5, 4)
+    traced = torch.jit.trace(lgd.softmax_infogain_loss, (torch.randn(5, 4), labels))
+    assert torch.equal(traced(others, labels), lgd.softmax_infogain_loss(others, labels))
+
+
+def test_make_fx_records_forward_and_backward():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    logits, labels, others = torch.randn(5, 4), torch.randint(4, (5,)), torch.randn(5, 4)
+    traced = make_fx(lambda x, y: lgd.softmax_infogain_loss(x, y), pre_dispatch=True)(logits, labels)
+    assert torch.equal(traced(others, labels), lgd.softmax_infogain_loss(others, labels))
+    loss = lgd.softmax_infogain_loss(logits.requires_grad_(), labels)
+    traced = make_fx(lambda upstream: torch.autograd.grad(loss, logits, upstream)[0])(torch.tensor(1.0))
+    expected = 3 * loss_and_gradient(logits, labels)[1]
+    torch.testing.assert_close(traced(torch.tensor(3.0)), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_compiled_autograd(upstream):
+    from torch._dynamo import compiled_autograd
+
+    logits, labels = torch.randn(5, 4, requires_grad=True), torch.randint(4, (5,))
+    loss = upstream * lgd.softmax_infogain_loss(logits, labels)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    expected = upstream * loss_and_gradient(logits, labels)[1]
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_profiler_names_the_op():
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        lgd.softmax_infogain_loss(torch.randn(5, 4), torch.randint(4, (5,)))
+    assert "lgd_kernels::softmax_infogain_reduced" in {event.key for event in profiled.key_averages()}
+
+
+def test_an_undefined_upstream_gradient_stays_undefined():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    logits = torch.randn(5, 4, requires_grad=True)
+    Stop.apply(lgd.softmax_infogain_loss(logits, torch.randint(4, (5,)))).backward()
+    assert logits.grad is None
+
+
+def test_tangent_of_an_upstream_gradient():
+    logits, labels = torch.randn(5, 4, requires_grad=True), torch.randint(4, (5,))
+    loss = lgd.softmax_infogain_loss(logits, labels)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.tensor(1.0), torch.tensor(2.0))
+        (gradient,) = torch.autograd.grad(loss, logits, upstream)
+        tangent = forward_ad.unpack_dual(gradient).tangent
+    torch.testing.assert_close(tangent, 2 * loss_and_gradient(logits, labels)[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_may_be_changed_by_tensors_that_require_grad():
+    logits, factor = torch.randn(5, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    _, gradient = loss_and_gradient(logits, torch.randint(4, (5,)))
+    gradient.mul_(factor)
+    assert gradient.requires_grad
 
 
 def test_tangents_of_plain_autograd():

@@ -410,7 +410,7 @@ struct LabelledRow {
     const int64_t count = chunk_size(classes, begin);
     const Acc* h = dense(begin, count, work);
     const GradientVectors<base, Acc> vectors(work.exponentials, h, background, p_factor, h_factor);
-    MaxAlong<Acc> next(next_row == nullptr ? work.exponentials : next_row);
+    MaxAlong<Acc> next(next_row == nullptr ? work.exponentials : next_row); // of whatever, where there is no next row
     stream_gradient(vectors, p_factor, h_factor, entries, begin, count, target, next);
     work.next_row = next_row;
     work.next_max = next.result();

@@ -1,5 +1,7 @@
 #include "softmax_infogain_autograd.h"
 
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
@@ -11,8 +13,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Whether nobody but autograd has a say in what happens to this tensor: no subclass, transform, lazy negation or
-// device.
+// Whether this tensor is memory of the CPU that autograd may follow: no transform, lazy negation, device, or subclass
+// with a __torch_dispatch__. (The caller has asked for __torch_function__.)
 bool is_plain(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet ordinary(
       {c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
@@ -37,9 +39,11 @@ struct Arguments {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> reduced(const Arguments& a, bool need_grad) {
   const at::AutoDispatchBelowADInplaceOrView no_graph;
+  RECORD_FUNCTION("lgd_kernels::softmax_infogain_reduced", std::vector<c10::IValue>({a.rows.logits, a.rows.labels}));
   RowArguments rows = a.rows;
   rows.logits = rows.logits.reshape(a.shape);
-  return softmax_infogain_reduced(rows, a.sample_weight, a.divisor, need_grad);
+  const auto [loss, scale, grad] = softmax_infogain_reduced(rows, a.sample_weight, a.divisor, need_grad);
+  return {loss, scale, need_grad ? grad.reshape(a.rows.logits.sizes()) : grad};
 }
 
 struct Reduced : torch::autograd::Function<Reduced> {
@@ -49,25 +53,36 @@ struct Reduced : torch::autograd::Function<Reduced> {
     const auto given = [](const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); };
     context->save_for_backward(
         {logits, a.rows.labels, given(h.matrix), given(h.background), given(h.diagonal), given(h.crow), given(h.col),
-         given(h.values), given(a.sample_weight), scale, grad.reshape(logits.sizes())});
-    context->saved_data["options"] = std::make_tuple(a.rows.ignore_index, a.rows.z_loss, a.shape);
+         given(h.values), given(a.sample_weight), scale, grad});
+    context->saved_data["options"] = // no list: compiled autograd could not hash it
+        std::make_tuple(a.rows.ignore_index, a.rows.z_loss, a.shape[0], a.shape[1], a.shape[2]);
+    context->set_materialize_grads(false);
     return loss;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const at::Tensor& grad_loss = grads[0];
+    if (!grad_loss.defined()) {
+      return {at::Tensor(), at::Tensor()};
+    }
     variable_list saved = context->get_saved_variables();
-    const bool last_use =
-        !at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() && is_plain(grad_loss);
-    if (last_use && grad_loss.item<double>() == 1) {
-      return {std::move(saved.back()), at::Tensor()};
+    if (is_last_use() && is_plain(grad_loss) && !grad_loss._fw_grad(0).defined() && grad_loss.item<double>() == 1) {
+      return {std::move(saved.back()), at::Tensor()}; // one for each argument of forward
     }
     const pybind11::gil_scoped_acquire gil;
-    const auto options = context->saved_data["options"].toTuple();
+    const std::vector<c10::IValue> options = context->saved_data["options"].toTupleRef().elements().vec();
+    const auto integer = [&](int i) { return options[i].toInt(); };
     const pybind11::tuple gradients = backward_in_python()(
-        grad_loss, std::move(saved), options->elements()[0].toInt(), options->elements()[1].toDouble(),
-        options->elements()[2].toIntVector());
+        grad_loss, std::move(saved), integer(0), options[1].toDouble(),
+        std::vector<int64_t>{integer(2), integer(3), integer(4)});
     return {gradients[0].cast<at::Tensor>(), at::Tensor()};
+  }
+
+ private:
+  // Whether nobody else will read what was saved, and nobody records what is done with it.
+  static bool is_last_use() {
+    return !at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() &&
+           !c10::impl::TorchDispatchModeTLS::any_modes_set();
   }
 };
 

@@ -9,9 +9,8 @@
 
 namespace lgd {
 
-// What SoftmaxInfogainReduced in lgd_kernels/autograd/softmax_infogain.py does, for tensors that are nothing but memory
-// of the CPU and an H without gradient; no value for others. Same arguments: rows.logits of any shape, `shape` (O, C,
-// I).
+// What SoftmaxInfogainReduced in lgd_kernels/autograd/softmax_infogain.py does, for ordinary CPU tensors and an H
+// without gradient; no value for others. Same arguments: rows.logits of any shape, `shape` (O, C, I).
 OptionalTensor softmax_infogain_reduced_with_node(
     const RowArguments& rows, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad,
     const std::vector<int64_t>& shape);

@@ -23,12 +23,27 @@ def _graph_is_kept() -> bool:
 
 
 def is_eager() -> bool:
-    """Whether nothing but reverse mode watches this call: no compiler, no transform, no tangents, no dispatch mode."""
+    """Whether no compiler, jit tracer or transform watches this call, and no tangents are carried along."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
+    )
+
+
+def _in_shape(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient in this shape, and not as a view made in no_grad mode: those may not be changed in place together
+    with tensors that require grad."""
+    return gradient.reshape(shape) if torch.is_grad_enabled() else torch.ops.aten._unsafe_view(gradient, shape)
+
+
+def _is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a subclass or a mode wants to see the ops that are called with these tensors."""
+    return (
+        torch._C._has_torch_function(tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
     )
 
 
@@ -82,7 +97,7 @@ def _gradients(
     """
     logits, labels, *parts, ignore_index, _ = rows
     needs_parts = needed[2 : 2 + _N_PARTS]
-    differentiable = torch.is_grad_enabled()
+    differentiable = torch.is_grad_enabled() or forward_ad._current_level >= 0
 
     grad_logits = None
     if needed[0]:
@@ -165,33 +180,41 @@ class SoftmaxInfogainReduced(torch.autograd.Function):
     gradient, the sum, the division, a reshape, and their backward nodes, at (8192, 1000) 0.2 ms. For what `is_eager`
     allows. Takes the logits as they are, and the shape (O, C, I) for the op.
 
-    Where it can, the compiled extension does the same in C++ (csrc/torch/softmax_infogain_autograd.cpp)."""
+    The compiled extension has the same in C++ (csrc/torch/softmax_infogain_autograd.cpp), for calls that nobody
+    overrides. Both save the same tensors: with `torch.utils.checkpoint` one may compute what the other did before."""
 
     @staticmethod
     def forward(ctx, logits, labels, *rest):
         *parts, ignore_index, z_loss, sample_weight, _, ctx.made_in_advance, shape = rest
         ctx.options = ignore_index, z_loss, shape
         loss, scale, grad = ops.softmax_infogain_reduced(logits.reshape(shape), labels, *rest[:-1])
+        grad = _in_shape(grad, logits.shape) if ctx.made_in_advance else grad
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, *parts, sample_weight, scale, grad)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         needed, saved = ctx.needs_input_grad, ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * len(needed)
         gradients = _backward_of_reduced(grad_loss, saved, *ctx.options, ctx.made_in_advance, needed)
         return *gradients, *[None] * (len(needed) - len(gradients))
 
 
+_ONLY_LOGITS = (True, *[False] * (1 + _N_PARTS))
+
+
 def _backward_of_reduced(
-    grad_loss: Tensor, saved, ignore_index: int, z_loss: float, shape, made_in_advance=True, needed=(True, *[False] * 7)
+    grad_loss: Tensor, saved, ignore_index: int, z_loss: float, shape, made_in_advance=True, needed=_ONLY_LOGITS
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of logits, labels (None) and H's parts; called from C++ too, with neither default replaced."""
+    """The gradients of logits, labels (None) and H's parts. The node in C++ calls it with the first five arguments."""
     logits, labels, *parts, sample_weight, scale, grad = saved
     rows = (logits.reshape(shape), labels, *parts, ignore_index, z_loss)
     row_scale = scale.expand(labels.shape) if sample_weight is None else sample_weight * scale
-    made = (grad.view(shape), row_scale) if made_in_advance and _may_give_away(grad_loss) else None
+    made = (grad.reshape(shape), row_scale) if made_in_advance and _may_give_away(grad_loss) else None
     grad_logits, *others = _gradients(rows, needed, grad_loss * row_scale, None, made)
-    return None if grad_logits is None else grad_logits.reshape(logits.shape), *others
+    return None if grad_logits is None else _in_shape(grad_logits, logits.shape), *others
 
 
 if backends.extension is not None:
@@ -298,8 +321,10 @@ def softmax_infogain(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def softmax_infogain_reduced(*args) -> Tensor:
     """The first result of `ops.softmax_infogain_reduced`, differentiable in logits and H's parts."""
-    if backends.implementation("softmax_infogain_reduced", args[0].device.type) is backends.extension is not None:
-        loss = backends.extension.softmax_infogain_reduced_with_node(*args)
+    logits, labels, *parts, _, _, sample_weight, _, _, _ = args
+    kernels = backends.implementation("softmax_infogain_reduced", logits.device.type)
+    if kernels is not reference and not _is_overridden((logits, labels, *parts, sample_weight)):
+        loss = kernels.softmax_infogain_reduced_with_node(*args)
         if loss is not None:
             return loss
     return SoftmaxInfogainReduced.apply(*args)
