@@ -24,12 +24,14 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
-VECTOR_SOURCES = [CPU / "softmax_infogain.cpp"]
+VECTOR_SOURCES = [CPU / "softmax_infogain.cpp", CPU / "local_residual.cpp"]
 COMMON_SOURCES = [
     "csrc/bindings.cpp",
     "csrc/torch/common.cpp",
     "csrc/torch/huge_pages.cpp",
+    "csrc/torch/local_residual.cpp",
     "csrc/torch/softmax_infogain.cpp",
+    "csrc/torch/stacks.cpp",
     "csrc/torch/softmax_infogain_autograd.cpp",
     "csrc/cpu/parallel.cpp",
 ]

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "torch/local_residual.h"
 #include "torch/softmax_infogain.h"
 #include "torch/softmax_infogain_autograd.h"
 
@@ -66,6 +67,16 @@ auto softmax_infogain_backward_matrix(
   return lgd::softmax_infogain_backward_matrix({logits, labels, {}, ignore_index, 0.0}, n_rows, grad_loss);
 }
 
+auto local_residual(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& multiplier, const OptionalTensor& skip_input,
+    const std::vector<int64_t>& activation, int64_t hidden_loss, double kappa, const std::vector<double>& rho,
+    const std::vector<double>& skip, const std::vector<double>& dual_step, bool need_residual, bool need_gradient) {
+  py::gil_scoped_release release;
+  return lgd::local_residual(
+      logits, target, multiplier, skip_input, activation, hidden_loss, kappa, rho, skip, dual_step, need_residual,
+      need_gradient);
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -81,4 +92,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("softmax_infogain_double_backward", &softmax_infogain_double_backward);
   m.def("softmax_infogain_backward_matrix", &softmax_infogain_backward_matrix);
   m.def("count_labels", &lgd::count_labels);
+  m.def("local_residual", &local_residual);
 }

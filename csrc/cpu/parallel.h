@@ -16,7 +16,21 @@ int num_threads();
 
 // Memory of the calling thread, 64-byte aligned and kept until the thread ends. Each slot is one buffer: asking again
 // for the same slot may move it.
-enum class Scratch : int { Logits, Matrix, Exponentials, Gradient, Vector, Sums, Count };
+enum class Scratch : int {
+  Logits,
+  Matrix,
+  Exponentials,
+  Gradient,
+  Vector,
+  Sums,
+  Target,
+  Multiplier,
+  SkipInput,
+  Residual,
+  Delta,
+  Q,
+  Count
+};
 void* scratch(Scratch slot, size_t bytes);
 
 inline namespace CPU_CAPABILITY {

@@ -1,0 +1,86 @@
+// local_residual for one instruction set; compiled once for each.
+
+#include "local_residual.h"
+
+#include "../common/activations.h"
+#include "parallel.h"
+#include "residual_row.h"
+#include "stack_rows.h"
+
+namespace lgd {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kGrain = 16384; // elements that are worth a thread
+constexpr int64_t kRun = 2048;    // units of a row at a time: seven runs of float fit a 64 KB L1 cache, or nearly
+
+template <typename Activation, typename Loss, typename Acc>
+double sample_energy(const LocalResidual<Acc>& io, int64_t layer, int64_t sample) {
+  const LayerOptions& o = io.options[layer];
+  const ResidualNumbers<Acc> numbers{
+      static_cast<Acc>(o.rho), static_cast<Acc>(o.skip), static_cast<Acc>(o.dual_step),
+      static_cast<Acc>(io.hidden_loss.kappa)};
+  double energy = 0;
+  for (int64_t first = 0; first < io.n_units; first += kRun) {
+    const int64_t count = io.n_units - first < kRun ? io.n_units - first : kRun;
+    const auto input = [&](const Stack& stack, Scratch slot) {
+      return read_run<Acc>(stack, layer, sample, first, count, slot);
+    };
+    const auto output = [&](const Stack& stack, Scratch slot) {
+      return OutputRun<Acc>(stack, layer, sample, first, count, slot);
+    };
+    const auto residual = output(io.residual, Scratch::Residual), delta = output(io.delta, Scratch::Delta),
+               q = output(io.q, Scratch::Q);
+    ResidualRow<Acc> row;
+    row.logits = input(io.logits, Scratch::Logits);
+    row.target = input(io.target, Scratch::Target);
+    row.multiplier = input(io.multiplier, Scratch::Multiplier);
+    row.skip_input = o.skip == 0 ? nullptr : input(io.skip_input, Scratch::SkipInput);
+    row.residual = residual.data;
+    row.delta = delta.data;
+    row.q = q.data;
+    energy += residual_row<Activation, Loss>(row, numbers, count);
+    residual.finish();
+    delta.finish();
+    q.finish();
+  }
+  return energy;
+}
+
+template <typename Acc>
+void run(const LocalResidual<Acc>& io) {
+  const int64_t n = io.n_samples;
+  // every sample of every layer by itself, and their energies in order: no result depends on the threads or on T
+  const auto samples = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t layer = i / n, end_of_layer = (layer + 1) * n < end ? (layer + 1) * n : end;
+      with_activation(io.options[layer].activation, [&](auto activation) {
+        with_hidden_loss(io.hidden_loss.code, [&](auto loss) {
+          for (; i < end_of_layer; ++i) {
+            io.row_energy[i] = sample_energy<decltype(activation), decltype(loss)>(io, layer, i % n);
+          }
+        });
+      });
+    }
+  };
+  parallel_for(0, io.n_layers * n, kGrain / (io.n_units + 1) + 1, samples);
+  for (int64_t layer = 0; layer < io.n_layers; ++layer) {
+    double energy = 0;
+    for (int64_t i = layer * n; i < (layer + 1) * n; ++i) {
+      energy += io.row_energy[i];
+    }
+    io.energy[layer] = static_cast<Acc>(energy);
+  }
+}
+
+} // namespace
+
+void local_residual(const LocalResidual<float>& io) {
+  run(io);
+}
+void local_residual(const LocalResidual<double>& io) {
+  run(io);
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace lgd

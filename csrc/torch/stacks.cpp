@@ -1,0 +1,55 @@
+#include "stacks.h"
+
+#include <ATen/Functions.h>
+
+namespace lgd {
+namespace {
+
+Stack stack_of(const at::Tensor& tensor, const char* name) {
+  return {
+      const_cast<void*>(tensor.const_data_ptr()), dtype_of_tensor(tensor, name), tensor.stride(0), tensor.stride(1)};
+}
+
+} // namespace
+
+StackInput::StackInput(const OptionalTensor& given, at::IntArrayRef shape, const char* name) {
+  if (!given) {
+    return;
+  }
+  TORCH_CHECK_VALUE(given->sizes() == shape, name, ": expected shape ", shape, ", got ", given->sizes());
+  tensor = given->stride(2) == 1 || given->size(2) <= 1 ? *given : given->contiguous();
+  stack = stack_of(tensor, name);
+}
+
+Stack stack_output(const at::Tensor& tensor) {
+  return tensor.dim() == 1 ? Stack{} : stack_of(tensor, "output");
+}
+
+at::Tensor empty(const at::Tensor& like) {
+  return at::empty({0}, like.options());
+}
+
+std::vector<LayerOptions> layer_options(
+    int64_t n_layers, const std::vector<int64_t>& activation, const std::vector<double>& rho,
+    const std::vector<double>& skip, const std::vector<double>& branch_scale, const std::vector<double>& dual_step) {
+  const auto check = [&](const auto& list, const char* name) {
+    TORCH_CHECK_VALUE(
+        list.empty() || static_cast<int64_t>(list.size()) == n_layers, name, ": has ", list.size(),
+        " values, but there are ", n_layers, " layers");
+  };
+  check(activation, "activation");
+  check(rho, "rho");
+  check(skip, "skip");
+  check(branch_scale, "branch_scale");
+  check(dual_step, "dual_step");
+  std::vector<LayerOptions> options(n_layers);
+  const auto at = [](const auto& list, int64_t t, auto otherwise) { return list.empty() ? otherwise : list[t]; };
+  for (int64_t t = 0; t < n_layers; ++t) {
+    options[t] = {
+        at(activation, t, int64_t(0)), at(rho, t, 1.0), at(skip, t, 0.0), at(branch_scale, t, 1.0),
+        at(dual_step, t, 0.0)};
+  }
+  return options;
+}
+
+} // namespace lgd

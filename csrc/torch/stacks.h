@@ -1,0 +1,32 @@
+// Stacks of layers between tensors and kernels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "../cpu/layers.h"
+#include "common.h"
+
+namespace lgd {
+
+// A tensor (T, n, d) as the kernels read it, which keeps it alive: itself where its rows are contiguous, else a copy.
+struct StackInput {
+  Stack stack;
+  at::Tensor tensor;
+
+  StackInput(const OptionalTensor& given, at::IntArrayRef shape, const char* name);
+};
+
+// The same for a tensor to be written, made by the caller; absent if it has no dimensions but one.
+Stack stack_output(const at::Tensor& tensor);
+
+// What an output that is not wanted is: no elements, with the dtype of `like`.
+at::Tensor empty(const at::Tensor& like);
+
+// One entry for every layer from lists that must have one for each; an empty list stands for the default.
+std::vector<LayerOptions> layer_options(
+    int64_t n_layers, const std::vector<int64_t>& activation, const std::vector<double>& rho,
+    const std::vector<double>& skip, const std::vector<double>& branch_scale, const std::vector<double>& dual_step);
+
+} // namespace lgd
