@@ -24,15 +24,17 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
-VECTOR_SOURCES = [CPU / "softmax_infogain.cpp", CPU / "local_residual.cpp"]
+VECTOR_SOURCES = [CPU / "softmax_infogain.cpp", CPU / "local_residual.cpp", CPU / "decoupled_linear.cpp"]
 COMMON_SOURCES = [
     "csrc/bindings.cpp",
     "csrc/torch/common.cpp",
+    "csrc/torch/decoupled_linear.cpp",
     "csrc/torch/huge_pages.cpp",
     "csrc/torch/local_residual.cpp",
     "csrc/torch/softmax_infogain.cpp",
     "csrc/torch/stacks.cpp",
     "csrc/torch/softmax_infogain_autograd.cpp",
+    "csrc/cpu/gemm.cpp",
     "csrc/cpu/parallel.cpp",
 ]
 CAPABILITIES = {

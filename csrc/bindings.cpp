@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "torch/decoupled_linear.h"
 #include "torch/local_residual.h"
 #include "torch/softmax_infogain.h"
 #include "torch/softmax_infogain_autograd.h"
@@ -77,6 +78,27 @@ auto local_residual(
       need_gradient);
 }
 
+auto decoupled_linear(
+    const Tensor& z, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
+    const OptionalTensor& multiplier, const std::vector<int64_t>& activation, bool preactivation, int64_t hidden_loss,
+    double kappa, const std::vector<double>& rho, const std::vector<double>& skip,
+    const std::vector<double>& branch_scale, const std::vector<double>& dual_step, bool need_residual,
+    bool need_gradient) {
+  py::gil_scoped_release release;
+  return lgd::decoupled_linear(
+      z, weight, bias, target, multiplier, activation, preactivation, hidden_loss, kappa, rho, skip, branch_scale,
+      dual_step, need_residual, need_gradient);
+}
+
+auto decoupled_linear_backward(
+    const Tensor& z, const Tensor& weight, const Tensor& delta, const Tensor& q, const OptionalTensor& grad_energy,
+    const std::vector<int64_t>& activation, bool preactivation, const std::vector<double>& skip,
+    const std::vector<double>& branch_scale, bool need_z, bool need_weight, bool need_bias) {
+  py::gil_scoped_release release;
+  return lgd::decoupled_linear_backward(
+      z, weight, delta, q, grad_energy, activation, preactivation, skip, branch_scale, need_z, need_weight, need_bias);
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -93,4 +115,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("softmax_infogain_backward_matrix", &softmax_infogain_backward_matrix);
   m.def("count_labels", &lgd::count_labels);
   m.def("local_residual", &local_residual);
+  m.def("decoupled_linear", &decoupled_linear);
+  m.def("decoupled_linear_backward", &decoupled_linear_backward);
 }

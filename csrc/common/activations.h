@@ -2,7 +2,8 @@
 // lgd_kernels/reference/activations.py. V is a number, or a vector of numbers to be treated alike. What the formulas
 // are made of is Elementary<V>, which every target defines:
 //
-//   tanh, erf                     as usual
+//   erf(x)                        as usual
+//   tanh(x)                       with its slope 1 - tanh(x)^2, which cancels near |tanh(x)| = 1 if computed like that
 //   exp_nonpositive(x)            exp(x) for x <= 0
 //   not_below(x, low)             the larger one, NaN if x is NaN; not_above likewise
 //   where_positive(x, a, b)       a where x > 0, b where x <= 0, NaN where x is NaN
@@ -48,18 +49,10 @@ struct LeakyRelu {
   }
 };
 
-// scale * tanh(stretch * a). The slope as (1 - y) (1 + y): at most one rounding near |y| = 1, where 1 - y y cancels.
-template <typename V>
-LGD_HOST_DEVICE Activated<V> tanh_with_slope(V a, double scale, double stretch) {
-  using E = Elementary<V>;
-  const V one = E::constant(1), y = E::tanh(E::constant(stretch) * a);
-  return {E::constant(scale) * y, E::constant(scale * stretch) * ((one - y) * (one + y))};
-}
-
 struct Tanh {
   template <typename V>
   static LGD_HOST_DEVICE Activated<V> at(V a) {
-    return tanh_with_slope(a, 1, 1);
+    return Elementary<V>::tanh(a);
   }
 };
 
@@ -67,7 +60,10 @@ struct Tanh {
 struct ScaledTanh {
   template <typename V>
   static LGD_HOST_DEVICE Activated<V> at(V a) {
-    return tanh_with_slope(a, 1.7159, 2.0 / 3);
+    using E = Elementary<V>;
+    constexpr double scale = 1.7159, stretch = 2.0 / 3;
+    const Activated<V> y = E::tanh(E::constant(stretch) * a);
+    return {E::constant(scale) * y.value, E::constant(scale * stretch) * y.slope};
   }
 };
 
@@ -119,9 +115,9 @@ struct GeluTanh {
     using E = Elementary<V>;
     constexpr double stretch = 0.79788456080286536, cubic = 0.044715;
     const V one = E::constant(1), half = E::constant(0.5), square = a * a;
-    const V y = E::tanh(E::constant(stretch) * a * (one + E::constant(cubic) * square));
+    const Activated<V> y = E::tanh(E::constant(stretch) * a * (one + E::constant(cubic) * square));
     const V of_argument = E::constant(stretch) * (one + E::constant(3 * cubic) * square);
-    return {half * a * (one + y), half * (one + y) + half * a * ((one - y) * (one + y)) * of_argument};
+    return {half * a * (one + y.value), half * (one + y.value) + half * a * y.slope * of_argument};
   }
 };
 

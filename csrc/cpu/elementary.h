@@ -15,7 +15,11 @@ struct Elementary<at::vec::Vectorized<T>> {
 
   static Vec constant(double c) { return Vec(static_cast<T>(c)); }
   static Vec exp_nonpositive(Vec x) { return lgd::exp_nonpositive(x); }
-  static Vec tanh(Vec x) { return tanh_of(x); }
+  static Activated<Vec> tanh(Vec x) {
+    Activated<Vec> y;
+    tanh_with_slope(x, y.value, y.slope);
+    return y;
+  }
   static Vec erf(Vec x) { return x.erf(); }
   static Vec not_below(Vec x, Vec low) { return at::vec::clamp_min(x, low); }
   static Vec not_above(Vec x, Vec high) { return at::vec::clamp_max(x, high); }

@@ -50,7 +50,6 @@ double sample_energy(const LocalResidual<Acc>& io, int64_t layer, int64_t sample
 template <typename Acc>
 void run(const LocalResidual<Acc>& io) {
   const int64_t n = io.n_samples;
-  // every sample of every layer by itself, and their energies in order: no result depends on the threads or on T
   const auto samples = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {
       const int64_t layer = i / n, end_of_layer = (layer + 1) * n < end ? (layer + 1) * n : end;
@@ -64,13 +63,7 @@ void run(const LocalResidual<Acc>& io) {
     }
   };
   parallel_for(0, io.n_layers * n, kGrain / (io.n_units + 1) + 1, samples);
-  for (int64_t layer = 0; layer < io.n_layers; ++layer) {
-    double energy = 0;
-    for (int64_t i = layer * n; i < (layer + 1) * n; ++i) {
-      energy += io.row_energy[i];
-    }
-    io.energy[layer] = static_cast<Acc>(energy);
-  }
+  sum_row_energies(io.row_energy, io.n_layers, n, io.energy);
 }
 
 } // namespace

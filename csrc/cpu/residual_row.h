@@ -77,5 +77,17 @@ inline Acc residual_row(const ResidualRow<Acc>& row, const ResidualNumbers<Acc>&
   return sum_of_lanes(energy);
 }
 
+// The energies (T,) of layers from those of their samples, one after the other: no sum depends on the threads or on T.
+template <typename Acc>
+inline void sum_row_energies(const double* row_energy, int64_t n_layers, int64_t n_samples, Acc* energy) {
+  for (int64_t layer = 0; layer < n_layers; ++layer) {
+    double sum = 0;
+    for (int64_t i = 0; i < n_samples; ++i) {
+      sum += row_energy[layer * n_samples + i];
+    }
+    energy[layer] = static_cast<Acc>(sum);
+  }
+}
+
 } // namespace CPU_CAPABILITY
 } // namespace lgd

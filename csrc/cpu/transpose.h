@@ -20,9 +20,9 @@ struct Pieces {
   typedef Acc Piece __attribute__((vector_size(16)));
   typedef Acc Lanes __attribute__((vector_size(V * sizeof(Acc))));
 
-  // tile[j * V + lane] = source(lane)[j] for j < kClasses.
+  // tile[j * stride + lane] = source(lane)[j] for j < kClasses.
   template <typename Source>
-  static inline void load(const Source& source, Acc* tile) {
+  static inline void load(const Source& source, Acc* tile, int64_t stride = V) {
     Lanes rows[kClasses];
 #pragma GCC unroll 4
     for (int k = 0; k < kClasses; ++k) {
@@ -40,7 +40,7 @@ struct Pieces {
     transpose(rows);
 #pragma GCC unroll 4
     for (int k = 0; k < kClasses; ++k) {
-      std::memcpy(tile + k * V, &rows[k], sizeof(Lanes));
+      std::memcpy(tile + k * stride, &rows[k], sizeof(Lanes));
     }
   }
 
@@ -99,6 +99,31 @@ struct Pieces {
     }(std::make_integer_sequence<int, V>{});
   }
 };
+
+// target[c * target_stride + r] = source[r * source_stride + c] for r < rows, c < columns.
+template <typename Acc>
+inline void transpose_matrix(
+    const Acc* source, int64_t source_stride, int64_t rows, int64_t columns, Acc* target, int64_t target_stride) {
+  constexpr int64_t V = Pieces<Acc>::V, kPiece = Pieces<Acc>::kClasses;
+  const int64_t whole_rows = rows / V * V, whole_columns = columns / kPiece * kPiece;
+  const auto one_by_one = [&](int64_t r, int64_t first, int64_t end) {
+    for (int64_t c = first; c < end; ++c) {
+      target[c * target_stride + r] = source[r * source_stride + c];
+    }
+  };
+  for (int64_t r = 0; r < whole_rows; r += V) {
+    for (int64_t c = 0; c < whole_columns; c += kPiece) {
+      const auto row = [&](int lane) { return source + (r + lane) * source_stride + c; };
+      Pieces<Acc>::load(row, target + c * target_stride + r, target_stride);
+    }
+    for (int64_t lane = r; lane < r + V; ++lane) {
+      one_by_one(lane, whole_columns, columns);
+    }
+  }
+  for (int64_t r = whole_rows; r < rows; ++r) {
+    one_by_one(r, 0, columns);
+  }
+}
 
 } // namespace CPU_CAPABILITY
 } // namespace lgd

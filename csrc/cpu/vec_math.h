@@ -153,24 +153,27 @@ inline Vectorized<double> where_equal(
 
 #endif
 
-// tanh(x): (1 - t) / (1 + t) with t = exp(-2 |x|), and for |x| < 0.625, where 1 - t cancels, Cephes' polynomial.
-// Inlined, where a call of the library's costs every register: 6.5 -> 2.3 ms for the 2M elements of local_residual.
-inline Vectorized<float> tanh_of(Vectorized<float> x) {
+// y = tanh(x) and its slope 1 - y^2: (1 - t) / (1 + t) and 4 t / (1 + t)^2 with t = exp(-2 |x|); for |x| < 0.625, where
+// 1 - t cancels, Cephes' polynomial. Inlined, where a call of the library's costs every register: 6.5 -> 2.3 ms for the
+// 2M elements of a local_residual.
+inline void tanh_with_slope(Vectorized<float> x, Vectorized<float>& y, Vectorized<float>& slope) {
   using Vec = Vectorized<float>;
   const Vec one(1.0f), magnitude = x.abs(), square = x * x;
-  const Vec t = exp_nonpositive(magnitude * Vec(-2.0f));
-  const Vec large = (one - t) / (one + t);
+  const Vec t = exp_nonpositive(magnitude * Vec(-2.0f)), r = one / (one + t);
+  const Vec large = (one - t) * r;
   Vec p = at::vec::fmadd(Vec(-5.70498872745e-3f), square, Vec(2.06390887954e-2f));
   p = at::vec::fmadd(p, square, Vec(-5.37397155531e-2f));
   p = at::vec::fmadd(p, square, Vec(1.33314422036e-1f));
   p = at::vec::fmadd(p, square, Vec(-3.33332819422e-1f));
-  const Vec small = at::vec::fmadd(p * square, x, x);
-  const Vec signed_large = Vec::blendv(large, large.neg(), x < Vec(0.0f));
-  return Vec::blendv(signed_large, small, magnitude < Vec(0.625f));
+  const Vec small = at::vec::fmadd(p * square, x, x), is_small = magnitude < Vec(0.625f);
+  y = Vec::blendv(Vec::blendv(large, large.neg(), x < Vec(0.0f)), small, is_small);
+  slope = Vec::blendv(Vec(4.0f) * t * (r * r), (one - small) * (one + small), is_small);
 }
 
-inline Vectorized<double> tanh_of(Vectorized<double> x) {
-  return x.tanh();
+inline void tanh_with_slope(Vectorized<double> x, Vectorized<double>& y, Vectorized<double>& slope) {
+  const Vectorized<double> one(1.0);
+  y = x.tanh();
+  slope = (one - y) * (one + y);
 }
 
 // log(x) for finite x >= 1, NaN for NaN: Cephes' logf, relative error about 1e-7.
