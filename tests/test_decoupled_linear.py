@@ -508,6 +508,16 @@ def test_opcheck_with_weights_in_a_narrower_dtype():
     torch.library.opcheck(ops.decoupled_linear_backward, (*tensors[:2], delta, q, None, *options))
 
 
+def test_the_gradient_of_a_narrower_bias_sums_what_is_not_rounded(backend):
+    """Products take delta rounded to the weights' dtype; its sum over 300 samples is rounded once, at the end."""
+    z, weight, _, delta, q = (torch.rand(2, 300, 4), torch.rand(2, 5, 4).bfloat16(), None, *torch.rand(2, 2, 300, 5))
+    upstream = torch.tensor([1.0, -0.5])
+    options = ([0, 0], False, [0.0, 0.0], [1.0, 1.0], False, False, True)
+    _, _, grad_bias = ops.decoupled_linear_backward(z, weight, delta, q, upstream, *options)
+    exact = delta.double().sum(1) * upstream.double()[:, None]
+    assert torch.equal(grad_bias, exact.bfloat16())
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     named = {"skip": 1.0, "activation": ["relu", "gelu"], "preactivation": True}

@@ -85,8 +85,7 @@ void fill(const LinearOperand<Acc>& io) {
         if (io.rounded_to != dtype_of<Acc>()) {
           char* rounded = scratch_of<char>(Scratch::Residual, l.d_in * element_size(io.rounded_to));
           store_row(target, Row{rounded, io.rounded_to, 1}, 0, l.d_in);
-          const Acc* back = load_row(ConstRow{rounded, io.rounded_to, 1}, 0, l.d_in, target);
-          (void)back; // it is `target`: the dtype is another one
+          load_row(ConstRow{rounded, io.rounded_to, 1}, 0, l.d_in, target); // back to `target`: the dtypes differ
         }
       }
     });

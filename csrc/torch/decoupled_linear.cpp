@@ -129,13 +129,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_linear_backward(
     const at::Tensor grad_z = need_z ? at::empty(z.sizes(), z.options()) : empty(z),
                      grad_weight = need_weight ? at::empty(weight.sizes(), weight.options()) : empty(weight),
                      grad_bias = need_bias ? at::empty({shape[0], shape[2]}, weight.options()) : empty(weight);
+    const bool bias_by_kernel = need_bias && delta.scalar_type() == weight.scalar_type();
+    if (need_bias && !bias_by_kernel) { // the kernel sees delta rounded, for the products only
+      const at::Tensor sums = accumulated<Acc>(delta).sum(1);
+      grad_bias.copy_(grad_energy ? sums.mul(upstream.unsqueeze(1)) : sums);
+    }
     io.layers = layers.view;
     io.delta = of_delta.stack;
     io.q = of_q.stack;
     io.grad_energy = grad_energy ? upstream.template const_data_ptr<Acc>() : nullptr;
     io.grad_z = stack_output(grad_z);
     io.grad_weight = stack_output(grad_weight);
-    io.grad_bias = need_bias ? stack_output(grad_bias.unsqueeze(1)) : Stack{};
+    io.grad_bias = bias_by_kernel ? stack_output(grad_bias.unsqueeze(1)) : Stack{};
     LGD_RUN(decoupled_linear_backward, io);
     return std::make_tuple(grad_z, grad_weight, grad_bias);
   };
