@@ -15,6 +15,7 @@ from lgd_kernels import backends, ops, reference
 from lgd_kernels.autograd.apply import apply
 
 _N_PARTS = 6  # matrix, background, diagonal, crow, col, values
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def _graph_is_kept() -> bool:
@@ -43,7 +44,7 @@ def _is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
     return (
         torch._C._has_torch_function(tensors)
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 
