@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "../cpu/decoupled_linear.h"
+#include "huge_pages.h"
 #include "stacks.h"
 
 namespace lgd {
@@ -54,7 +55,7 @@ class Layers {
       view.operand = view.z;
       return;
     }
-    operand_ = at::empty(z.sizes(), z.options().dtype(c10::CppTypeToScalarType<Acc>::value));
+    operand_ = empty_on_huge_pages(z.sizes(), c10::CppTypeToScalarType<Acc>::value);
     view.operand = stack_output(operand_);
     LinearOperand<Acc> io{view, dtype_of_tensor(weight, "weight")};
     LGD_RUN(fill_operand, io);
@@ -90,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decoupled_linear(
     const Layers<Acc> layers(z, weight, preactivation, options);
     const OptionalTensor rows_of_bias = bias ? OptionalTensor(accumulated<Acc>(*bias).unsqueeze(1)) : std::nullopt;
     const StackInput of_bias(rows_of_bias, {shape[0], 1, shape[2]}, "bias");
-    const auto made = [&](bool needed) { return needed ? at::empty(shape, z.options()) : empty(z); };
+    const auto made = [&](bool needed) { return needed ? empty_on_huge_pages(shape, z.scalar_type()) : empty(z); };
     const at::Tensor residual = made(need_residual), delta = made(need_gradient), q = made(need_gradient);
     const at::Tensor energy = at::empty({shape[0]}, z.options().dtype(c10::CppTypeToScalarType<Acc>::value));
     const at::Tensor row_energy = at::empty({shape[0], shape[1]}, z.options().dtype(at::kDouble));
@@ -126,8 +127,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_linear_backward(
     const StackInput of_delta(accumulated<Acc>(delta.to(weight.scalar_type())), shape, "delta");
     const StackInput of_q(q, shape, "q");
     const at::Tensor upstream = grad_energy ? accumulated<Acc>(*grad_energy).contiguous() : at::Tensor();
-    const at::Tensor grad_z = need_z ? at::empty(z.sizes(), z.options()) : empty(z),
-                     grad_weight = need_weight ? at::empty(weight.sizes(), weight.options()) : empty(weight),
+    const at::Tensor grad_z = need_z ? empty_on_huge_pages(z.sizes(), z.scalar_type()) : empty(z),
+                     grad_weight =
+                         need_weight ? empty_on_huge_pages(weight.sizes(), weight.scalar_type()) : empty(weight),
                      grad_bias = need_bias ? at::empty({shape[0], shape[2]}, weight.options()) : empty(weight);
     const bool bias_by_kernel = need_bias && delta.scalar_type() == weight.scalar_type();
     if (need_bias && !bias_by_kernel) { // the kernel sees delta rounded, for the products only

@@ -135,16 +135,11 @@ class HugePageAllocator final : public c10::Allocator {
   }
 };
 
-} // namespace
-
-at::Tensor empty_on_huge_pages(const at::Tensor& like) {
-  if (like.nbytes() < kWorthwhile) {
-    return at::empty_like(like);
-  }
+// A tensor with the shape, strides and dtype of `layout`, which has no memory.
+at::Tensor on_huge_pages(const at::Tensor& layout) {
   static HugePageAllocator allocator;
-  const at::Tensor layout = at::empty_like(like, like.options().device(at::kMeta)); // like may overlap or have gaps
   at::Tensor result = at::detail::empty_strided_generic(
-      layout.sizes(), layout.strides(), &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), like.scalar_type());
+      layout.sizes(), layout.strides(), &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), layout.scalar_type());
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     result.fill_(std::numeric_limits<double>::quiet_NaN());
@@ -152,10 +147,28 @@ at::Tensor empty_on_huge_pages(const at::Tensor& like) {
   return result;
 }
 
+} // namespace
+
+at::Tensor empty_on_huge_pages(const at::Tensor& like) {
+  if (like.nbytes() < kWorthwhile) {
+    return at::empty_like(like);
+  }
+  return on_huge_pages(at::empty_like(like, like.options().device(at::kMeta))); // like may overlap or have gaps
+}
+
+at::Tensor empty_on_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
+  const at::Tensor layout = at::empty(shape, at::TensorOptions(dtype).device(at::kMeta));
+  return layout.nbytes() < kWorthwhile ? at::empty(shape, dtype) : on_huge_pages(layout);
+}
+
 #else
 
 at::Tensor empty_on_huge_pages(const at::Tensor& like) {
   return at::empty_like(like);
+}
+
+at::Tensor empty_on_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
+  return at::empty(shape, dtype);
 }
 
 #endif

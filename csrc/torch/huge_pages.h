@@ -11,4 +11,7 @@ namespace lgd {
 // ms.
 at::Tensor empty_on_huge_pages(const at::Tensor& like);
 
+// The same, contiguous.
+at::Tensor empty_on_huge_pages(at::IntArrayRef shape, at::ScalarType dtype);
+
 } // namespace lgd

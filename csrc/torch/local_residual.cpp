@@ -5,6 +5,7 @@
 #include <ATen/Functions.h>
 
 #include "../cpu/local_residual.h"
+#include "huge_pages.h"
 #include "stacks.h"
 
 namespace lgd {
@@ -39,7 +40,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_residual(
   for (const LayerOptions& o : options) {
     TORCH_CHECK_VALUE(o.skip == 0 || skip_input, "skip_input: is needed where skip is not 0, got skip ", o.skip);
   }
-  const auto output = [&](bool needed) { return needed ? at::empty(logits.sizes(), logits.options()) : empty(logits); };
+  const auto output = [&](bool needed) {
+    return needed ? empty_on_huge_pages(logits.sizes(), logits.scalar_type()) : empty(logits);
+  };
   const at::Tensor residual = output(need_residual), delta = output(need_gradient), q = output(need_gradient);
   const at::ScalarType acc = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor energy = at::empty({n_layers}, logits.options().dtype(acc));
