@@ -68,37 +68,6 @@ auto softmax_infogain_backward_matrix(
   return lgd::softmax_infogain_backward_matrix({logits, labels, {}, ignore_index, 0.0}, n_rows, grad_loss);
 }
 
-auto local_residual(
-    const Tensor& logits, const Tensor& target, const OptionalTensor& multiplier, const OptionalTensor& skip_input,
-    const std::vector<int64_t>& activation, int64_t hidden_loss, double kappa, const std::vector<double>& rho,
-    const std::vector<double>& skip, const std::vector<double>& dual_step, bool need_residual, bool need_gradient) {
-  py::gil_scoped_release release;
-  return lgd::local_residual(
-      logits, target, multiplier, skip_input, activation, hidden_loss, kappa, rho, skip, dual_step, need_residual,
-      need_gradient);
-}
-
-auto decoupled_linear(
-    const Tensor& z, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
-    const OptionalTensor& multiplier, const std::vector<int64_t>& activation, bool preactivation, int64_t hidden_loss,
-    double kappa, const std::vector<double>& rho, const std::vector<double>& skip,
-    const std::vector<double>& branch_scale, const std::vector<double>& dual_step, bool need_residual,
-    bool need_gradient) {
-  py::gil_scoped_release release;
-  return lgd::decoupled_linear(
-      z, weight, bias, target, multiplier, activation, preactivation, hidden_loss, kappa, rho, skip, branch_scale,
-      dual_step, need_residual, need_gradient);
-}
-
-auto decoupled_linear_backward(
-    const Tensor& z, const Tensor& weight, const Tensor& delta, const Tensor& q, const OptionalTensor& grad_energy,
-    const std::vector<int64_t>& activation, bool preactivation, const std::vector<double>& skip,
-    const std::vector<double>& branch_scale, bool need_z, bool need_weight, bool need_bias) {
-  py::gil_scoped_release release;
-  return lgd::decoupled_linear_backward(
-      z, weight, delta, q, grad_energy, activation, preactivation, skip, branch_scale, need_z, need_weight, need_bias);
-}
-
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -114,7 +83,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("softmax_infogain_double_backward", &softmax_infogain_double_backward);
   m.def("softmax_infogain_backward_matrix", &softmax_infogain_backward_matrix);
   m.def("count_labels", &lgd::count_labels);
-  m.def("local_residual", &local_residual);
-  m.def("decoupled_linear", &decoupled_linear);
-  m.def("decoupled_linear_backward", &decoupled_linear_backward);
+  m.def("local_residual", &lgd::local_residual, py::call_guard<py::gil_scoped_release>());
+  m.def("decoupled_linear", &lgd::decoupled_linear, py::call_guard<py::gil_scoped_release>());
+  m.def("decoupled_linear_backward", &lgd::decoupled_linear_backward, py::call_guard<py::gil_scoped_release>());
 }

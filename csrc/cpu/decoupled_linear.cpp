@@ -138,29 +138,9 @@ struct Forward {
     transform(product, product, count, [&](Vec v, int64_t i, int64_t n) {
       return bias == nullptr ? v * scale : at::vec::fmadd(v, scale, Vec::loadu(bias + i, n));
     });
-    const auto input = [&](const Stack& stack, Scratch slot) {
-      return read_run<Acc>(stack, layer, sample, first, count, slot);
-    };
-    const auto output = [&](const Stack& stack, Scratch slot) {
-      return OutputRun<Acc>(stack, layer, sample, first, count, slot);
-    };
-    const auto residual = output(io.residual, Scratch::Residual), delta = output(io.delta, Scratch::Delta),
-               q = output(io.q, Scratch::Q);
-    ResidualRow<Acc> row;
-    row.logits = product;
-    row.target = input(io.target, Scratch::Target);
-    row.multiplier = input(io.multiplier, Scratch::Multiplier);
-    row.skip_input = o.skip == 0 ? nullptr : input(l.z, Scratch::SkipInput);
-    row.residual = residual.data;
-    row.delta = delta.data;
-    row.q = q.data;
-    const ResidualNumbers<Acc> numbers{
-        static_cast<Acc>(o.rho), static_cast<Acc>(o.skip), static_cast<Acc>(o.dual_step),
-        static_cast<Acc>(io.hidden_loss.kappa)};
-    io.row_energy[layer * l.n_samples + sample] += residual_row<F, Loss>(row, numbers, count);
-    residual.finish();
-    delta.finish();
-    q.finish();
+    const ResidualStacks stacks{io.target, io.multiplier, l.z, io.residual, io.delta, io.q};
+    io.row_energy[layer * l.n_samples + sample] +=
+        residual_run<F, Loss>(stacks, o, io.hidden_loss, product, layer, sample, first, count);
   }
 };
 

@@ -17,32 +17,12 @@ constexpr int64_t kRun = 2048;    // units of a row at a time: seven runs of flo
 template <typename Activation, typename Loss, typename Acc>
 double sample_energy(const LocalResidual<Acc>& io, int64_t layer, int64_t sample) {
   const LayerOptions& o = io.options[layer];
-  const ResidualNumbers<Acc> numbers{
-      static_cast<Acc>(o.rho), static_cast<Acc>(o.skip), static_cast<Acc>(o.dual_step),
-      static_cast<Acc>(io.hidden_loss.kappa)};
+  const ResidualStacks stacks{io.target, io.multiplier, io.skip_input, io.residual, io.delta, io.q};
   double energy = 0;
   for (int64_t first = 0; first < io.n_units; first += kRun) {
     const int64_t count = io.n_units - first < kRun ? io.n_units - first : kRun;
-    const auto input = [&](const Stack& stack, Scratch slot) {
-      return read_run<Acc>(stack, layer, sample, first, count, slot);
-    };
-    const auto output = [&](const Stack& stack, Scratch slot) {
-      return OutputRun<Acc>(stack, layer, sample, first, count, slot);
-    };
-    const auto residual = output(io.residual, Scratch::Residual), delta = output(io.delta, Scratch::Delta),
-               q = output(io.q, Scratch::Q);
-    ResidualRow<Acc> row;
-    row.logits = input(io.logits, Scratch::Logits);
-    row.target = input(io.target, Scratch::Target);
-    row.multiplier = input(io.multiplier, Scratch::Multiplier);
-    row.skip_input = o.skip == 0 ? nullptr : input(io.skip_input, Scratch::SkipInput);
-    row.residual = residual.data;
-    row.delta = delta.data;
-    row.q = q.data;
-    energy += residual_row<Activation, Loss>(row, numbers, count);
-    residual.finish();
-    delta.finish();
-    q.finish();
+    const Acc* logits = read_run<Acc>(io.logits, layer, sample, first, count, Scratch::Logits);
+    energy += residual_run<Activation, Loss>(stacks, o, io.hidden_loss, logits, layer, sample, first, count);
   }
   return energy;
 }

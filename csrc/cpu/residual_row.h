@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "elementary.h"
+#include "stack_rows.h"
 #include "vec_math.h"
 
 namespace lgd {
@@ -15,7 +16,7 @@ inline namespace CPU_CAPABILITY {
 template <typename Acc>
 struct ResidualRow {
   const Acc *logits, *target, *multiplier = nullptr, *skip_input = nullptr;
-  Acc *residual = nullptr, *delta = nullptr, *q = nullptr, *new_multiplier = nullptr;
+  Acc *residual = nullptr, *delta = nullptr, *q = nullptr;
 };
 
 template <typename Acc>
@@ -44,9 +45,6 @@ inline at::vec::Vectorized<Acc> residual_vector(
     }
     q = q + lambda;
     energy = at::vec::fmadd(lambda, e, energy);
-    if (row.new_multiplier != nullptr) {
-      lambda.store(row.new_multiplier + i, n);
-    }
   }
   if (row.residual != nullptr) {
     e.store(row.residual + i, n);
@@ -75,6 +73,43 @@ inline Acc residual_row(const ResidualRow<Acc>& row, const ResidualNumbers<Acc>&
     energy = energy + first_lanes(count - i, last, Vec(Acc(0)));
   }
   return sum_of_lanes(energy);
+}
+
+// What stands around a layer's logits, as stacks (T, n, d); absent or not wanted where their data is null.
+struct ResidualStacks {
+  Stack target, multiplier, skip_input; // in
+  Stack residual, delta, q;             // out
+};
+
+// The energy of units [first, first + count) of one sample of one layer, from their logits in the accumulation type.
+template <typename Activation, typename Loss, typename Acc>
+inline Acc residual_run(
+    const ResidualStacks& stacks, const LayerOptions& o, const HiddenLoss& hidden_loss, const Acc* logits,
+    int64_t layer, int64_t sample, int64_t first, int64_t count) {
+  const auto input = [&](const Stack& stack, Scratch slot) {
+    return read_run<Acc>(stack, layer, sample, first, count, slot);
+  };
+  const auto output = [&](const Stack& stack, Scratch slot) {
+    return OutputRun<Acc>(stack, layer, sample, first, count, slot);
+  };
+  const auto residual = output(stacks.residual, Scratch::Residual), delta = output(stacks.delta, Scratch::Delta),
+             q = output(stacks.q, Scratch::Q);
+  ResidualRow<Acc> row;
+  row.logits = logits;
+  row.target = input(stacks.target, Scratch::Target);
+  row.multiplier = input(stacks.multiplier, Scratch::Multiplier);
+  row.skip_input = o.skip == 0 ? nullptr : input(stacks.skip_input, Scratch::SkipInput);
+  row.residual = residual.data;
+  row.delta = delta.data;
+  row.q = q.data;
+  const ResidualNumbers<Acc> numbers{
+      static_cast<Acc>(o.rho), static_cast<Acc>(o.skip), static_cast<Acc>(o.dual_step),
+      static_cast<Acc>(hidden_loss.kappa)};
+  const Acc energy = residual_row<Activation, Loss>(row, numbers, count);
+  residual.finish();
+  delta.finish();
+  q.finish();
+  return energy;
 }
 
 // The energies (T,) of layers from those of their samples, one after the other: no sum depends on the threads or on T.

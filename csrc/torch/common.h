@@ -31,4 +31,18 @@ enum class CpuCapability { Default, AVX2, AVX512 };
 CpuCapability cpu_capability();
 const char* name_of(CpuCapability capability);
 
+// Call `kernel` with the `arguments` in parentheses, in the namespace of this machine's instruction set.
+#define LGD_FOR_THIS_CPU(kernel, arguments) \
+  switch (::lgd::cpu_capability()) {        \
+    case ::lgd::CpuCapability::AVX512:      \
+      AVX512::kernel arguments;             \
+      break;                                \
+    case ::lgd::CpuCapability::AVX2:        \
+      AVX2::kernel arguments;               \
+      break;                                \
+    case ::lgd::CpuCapability::Default:     \
+      DEFAULT::kernel arguments;            \
+      break;                                \
+  }
+
 } // namespace lgd

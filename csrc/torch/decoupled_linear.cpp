@@ -13,19 +13,6 @@
 namespace lgd {
 namespace {
 
-#define LGD_RUN(kernel, io)      \
-  switch (cpu_capability()) {    \
-    case CpuCapability::AVX512:  \
-      AVX512::kernel(io);        \
-      break;                     \
-    case CpuCapability::AVX2:    \
-      AVX2::kernel(io);          \
-      break;                     \
-    case CpuCapability::Default: \
-      DEFAULT::kernel(io);       \
-      break;                     \
-  }
-
 // The tensor in the accumulation type; where it is not wider, itself.
 template <typename Acc>
 at::Tensor accumulated(const at::Tensor& tensor) {
@@ -58,7 +45,7 @@ class Layers {
     operand_ = empty_on_huge_pages(z.sizes(), c10::CppTypeToScalarType<Acc>::value);
     view.operand = stack_output(operand_);
     LinearOperand<Acc> io{view, dtype_of_tensor(weight, "weight")};
-    LGD_RUN(fill_operand, io);
+    LGD_FOR_THIS_CPU(fill_operand, (io))
   }
 
  private:
@@ -105,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decoupled_linear(
     io.q = stack_output(q);
     io.energy = energy.template data_ptr<Acc>();
     io.row_energy = row_energy.data_ptr<double>();
-    LGD_RUN(decoupled_linear, io);
+    LGD_FOR_THIS_CPU(decoupled_linear, (io))
     return std::make_tuple(energy, residual, delta, q);
   };
   return z.scalar_type() == at::kDouble ? call(DecoupledLinear<double>{}) : call(DecoupledLinear<float>{});
@@ -143,7 +130,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_linear_backward(
     io.grad_z = stack_output(grad_z);
     io.grad_weight = stack_output(grad_weight);
     io.grad_bias = bias_by_kernel ? stack_output(grad_bias.unsqueeze(1)) : Stack{};
-    LGD_RUN(decoupled_linear_backward, io);
+    LGD_FOR_THIS_CPU(decoupled_linear_backward, (io))
     return std::make_tuple(grad_z, grad_weight, grad_bias);
   };
   return z.scalar_type() == at::kDouble ? call(DecoupledLinearBackward<double>{})

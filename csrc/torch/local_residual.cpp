@@ -15,14 +15,7 @@ template <typename Acc>
 void run(LocalResidual<Acc>& io, const at::Tensor& energy, const at::Tensor& row_energy) {
   io.energy = energy.data_ptr<Acc>();
   io.row_energy = row_energy.data_ptr<double>();
-  switch (cpu_capability()) {
-    case CpuCapability::AVX512:
-      return AVX512::local_residual(io);
-    case CpuCapability::AVX2:
-      return AVX2::local_residual(io);
-    case CpuCapability::Default:
-      return DEFAULT::local_residual(io);
-  }
+  LGD_FOR_THIS_CPU(local_residual, (io))
 }
 
 } // namespace

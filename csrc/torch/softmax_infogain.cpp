@@ -119,23 +119,13 @@ class Call {
 
   bool empty() const { return input.outer == 0 || input.inner == 0; }
 
-  // Run `kernels` for this machine's instruction set.
-  template <typename Default, typename Avx2, typename Avx512>
-  void run(const Default& on_default, const Avx2& on_avx2, const Avx512& on_avx512) {
+  // Run a kernel on the input, unless there is none.
+  template <typename Kernel>
+  void run(const Kernel& kernel) {
     if (empty()) {
       return;
     }
-    switch (cpu_capability()) {
-      case CpuCapability::AVX512:
-        on_avx512();
-        break;
-      case CpuCapability::AVX2:
-        on_avx2();
-        break;
-      case CpuCapability::Default:
-        on_default();
-        break;
-    }
+    kernel();
     if (first_bad_label_ != std::numeric_limits<int64_t>::max()) {
       const int64_t value =
           labels_[first_bad_label_ / input.inner][first_bad_label_ % input.inner].template item<int64_t>();
@@ -154,8 +144,7 @@ class Call {
   int64_t first_bad_label_ = std::numeric_limits<int64_t>::max();
 };
 
-#define LGD_RUN(call, kernel, arguments) \
-  (call).run([&] { DEFAULT::kernel arguments; }, [&] { AVX2::kernel arguments; }, [&] { AVX512::kernel arguments; })
+#define LGD_RUN(call, kernel, arguments) (call).run([&] { LGD_FOR_THIS_CPU(kernel, arguments) })
 
 // Beyond this many bytes the gradient would not stay in the last-level cache anyway.
 constexpr int64_t kStreamFrom = int64_t(16) << 20;
