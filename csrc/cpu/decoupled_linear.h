@@ -7,49 +7,50 @@
 
 namespace lgd {
 
-// What both passes read, for T layers of one shape. Acc, the accumulation type, is double for float64 and float
+// A linear layer, a = branch_scale * phi(z) W^T + b. Acc, the accumulation type, is double for float64 and float
 // otherwise.
-template <typename Acc>
-struct LinearLayers {
-  int64_t n_layers = 0, n_samples = 0, d_in = 0, d_out = 0;
-  bool preactivation = false;
-  const LayerOptions* options = nullptr; // (T,)
-  Stack z;                               // (T, n, d_in)
-  Stack operand;                         // phi(z) as the products take it, in Acc
-  Stack weight;                          // (T, d_out, d_in), in Acc
+struct LinearLayer {
+  int64_t n_samples = 0, d_in = 0, d_out = 0;
+  bool preactivation = false; // whether the activation is phi; else it is f, which follows the raw logits
+  LayerOptions options;
+  Matrix z;            // (n, d_in)
+  Matrix operand;      // phi(z) as the products take it, in Acc: z itself, or working space
+  DType operand_dtype; // what phi(z) is rounded to
+  Matrix weight;       // (d_out, d_in), in Acc
+  Matrix bias;         // (1, d_out), in Acc, or absent
 };
 
-// operand.data = phi(z), rounded to `rounded_to` on the way.
+struct DecoupledLinearLayer {
+  LinearLayer linear;
+  ResidualIo io;
+  double* tile_energy = nullptr; // working space, one for each tile of kRows x kPanel
+};
+
 template <typename Acc>
-struct LinearOperand {
-  LinearLayers<Acc> layers;
-  DType rounded_to;
+struct DecoupledLinear {
+  const DecoupledLinearLayer* layers = nullptr;
+  int64_t n_layers = 0;
+  HiddenLoss hidden_loss;
+  Acc* energy = nullptr; // (T,), out
 };
 
 // Outputs whose data is null are not wanted.
-template <typename Acc>
-struct DecoupledLinear {
-  LinearLayers<Acc> layers;
-  HiddenLoss hidden_loss;
-  Stack bias; // (T, 1, d_out), in Acc
-  Stack target, multiplier;
-  Stack residual, delta, q;     // out, (T, n, d_out)
-  Acc* energy = nullptr;        // (T,), out
-  double* row_energy = nullptr; // (T * n,), working space
+struct DecoupledLinearBackwardLayer {
+  LinearLayer linear;
+  Matrix delta;               // (n, d_out), in Acc
+  Matrix q;                   // (n, d_out)
+  double upstream = 1;        // the gradient of the layer's energy
+  Matrix grad_z, grad_weight; // out
+  Matrix grad_bias;           // out, (1, d_out)
 };
 
 template <typename Acc>
 struct DecoupledLinearBackward {
-  LinearLayers<Acc> layers;
-  Stack delta;                      // (T, n, d_out), in Acc
-  Stack q;                          // (T, n, d_out)
-  const Acc* grad_energy = nullptr; // (T,), or null for 1
-  Stack grad_z, grad_weight;        // out
-  Stack grad_bias;                  // out, (T, 1, d_out)
+  const DecoupledLinearBackwardLayer* layers = nullptr;
+  int64_t n_layers = 0;
 };
 
 #define LGD_DECLARE_DECOUPLED_LINEAR(Acc)             \
-  void fill_operand(const LinearOperand<Acc>&);       \
   void decoupled_linear(const DecoupledLinear<Acc>&); \
   void decoupled_linear_backward(const DecoupledLinearBackward<Acc>&);
 

@@ -1,4 +1,4 @@
-// Stacks of layers as the kernels of decoupled training see them.
+// Layers as the kernels of decoupled training see them.
 #pragma once
 
 #include <cstdint>
@@ -7,22 +7,37 @@
 
 namespace lgd {
 
-// A tensor (T, n, d) with its last dimension contiguous; strides count elements. Absent when `data` is null.
-struct Stack {
+// A matrix with contiguous rows that start `stride` elements apart. Absent when `data` is null.
+struct Matrix {
   void* data = nullptr;
   DType dtype = DType::Float32;
-  int64_t layer_stride = 0, row_stride = 0;
+  int64_t stride = 0;
 };
 
-// What is given for every layer; the codes are positions in lgd_kernels.reference.ACTIVATIONS and HIDDEN_LOSSES.
+// What is given for every layer; the code is a position in lgd_kernels.reference.ACTIVATIONS.
 struct LayerOptions {
   int64_t activation = 0;
   double rho = 1, skip = 0, branch_scale = 1, dual_step = 0;
 };
 
+// The code is a position in lgd_kernels.reference.HIDDEN_LOSSES.
 struct HiddenLoss {
   int64_t code = 0;
   double kappa = 1;
 };
+
+// What stands around the raw logits of a layer, each (n, d); absent or not wanted where the data is null. An output may
+// be the input of the same name: every element is read before it is written.
+struct ResidualIo {
+  Matrix target, multiplier, skip_input;     // in
+  Matrix new_multiplier, residual, delta, q; // out
+};
+
+// A layer's energy is summed tile by tile, in an order that depends on its shape alone.
+constexpr int64_t kRows = 64;  // samples of a tile
+constexpr int64_t kPanel = 64; // outputs of a tile of decoupled_linear
+constexpr int64_t energy_tiles(int64_t n_samples, int64_t d_out) {
+  return (n_samples + kRows - 1) / kRows * ((d_out + kPanel - 1) / kPanel);
+}
 
 } // namespace lgd

@@ -2,48 +2,46 @@
 
 #include "local_residual.h"
 
-#include "../common/activations.h"
 #include "parallel.h"
-#include "residual_row.h"
-#include "stack_rows.h"
+#include "residual_tile.h"
 
 namespace lgd {
 inline namespace CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kGrain = 16384; // elements that are worth a thread
-constexpr int64_t kRun = 2048;    // units of a row at a time: seven runs of float fit a 64 KB L1 cache, or nearly
+constexpr int64_t kRun = 2048;    // elements at a time: seven such arrays of float fit a 64 KB L1 cache, or nearly
 
-template <typename Activation, typename Loss, typename Acc>
-double sample_energy(const LocalResidual<Acc>& io, int64_t layer, int64_t sample) {
-  const LayerOptions& o = io.options[layer];
-  const ResidualStacks stacks{io.target, io.multiplier, io.skip_input, io.residual, io.delta, io.q};
+// The energy of samples [begin, end) of a layer.
+template <typename Acc>
+double samples_energy(const ResidualLayer& layer, const HiddenLoss& hidden_loss, int64_t begin, int64_t end) {
   double energy = 0;
-  for (int64_t first = 0; first < io.n_units; first += kRun) {
-    const int64_t count = io.n_units - first < kRun ? io.n_units - first : kRun;
-    const Acc* logits = read_run<Acc>(io.logits, layer, sample, first, count, Scratch::Logits);
-    energy += residual_run<Activation, Loss>(stacks, o, io.hidden_loss, logits, layer, sample, first, count);
+  for (int64_t first = 0; first < layer.n_units; first += kRun) {
+    const Tile tile{begin, end - begin, first, at_most(layer.n_units - first, kRun)};
+    const auto logits = read_tile<Acc>(layer.logits, tile, Scratch::Logits);
+    energy += residual_tile<Acc>(
+        layer.io, layer.options, layer.options.activation, hidden_loss, tile,
+        [&](int64_t i, int64_t j, int64_t n) { return Vectorized<Acc>::loadu(logits.row(i) + j, n); });
   }
   return energy;
 }
 
 template <typename Acc>
 void run(const LocalResidual<Acc>& io) {
-  const int64_t n = io.n_samples;
-  const auto samples = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {
-      const int64_t layer = i / n, end_of_layer = (layer + 1) * n < end ? (layer + 1) * n : end;
-      with_activation(io.options[layer].activation, [&](auto activation) {
-        with_hidden_loss(io.hidden_loss.code, [&](auto loss) {
-          for (; i < end_of_layer; ++i) {
-            io.row_energy[i] = sample_energy<decltype(activation), decltype(loss)>(io, layer, i % n);
-          }
-        });
-      });
+  if (io.n_layers == 0) {
+    return;
+  }
+  const int64_t n = io.layers[0].n_samples, d = io.layers[0].n_units;
+  const int64_t rows = at_most(kRun / (d + 1) + 1, kRows), tiles = tiles_of(n, rows);
+  parallel_for(0, io.n_layers * tiles, kGrain / (rows * (d + 1)) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % tiles * rows;
+      io.tile_energy[i] = samples_energy<Acc>(io.layers[i / tiles], io.hidden_loss, first, at_most(first + rows, n));
     }
-  };
-  parallel_for(0, io.n_layers * n, kGrain / (io.n_units + 1) + 1, samples);
-  sum_row_energies(io.row_energy, io.n_layers, n, io.energy);
+  });
+  for (int64_t t = 0; t < io.n_layers; ++t) {
+    io.energy[t] = static_cast<Acc>(sum_in_order(io.tile_energy + t * tiles, tiles));
+  }
 }
 
 } // namespace

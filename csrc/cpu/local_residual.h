@@ -7,17 +7,21 @@
 
 namespace lgd {
 
-// Outputs whose data is null are not wanted. Acc, the accumulation type, is double for float64 logits and float
-// otherwise.
+struct ResidualLayer {
+  int64_t n_samples = 0, n_units = 0;
+  Matrix logits; // (n, d)
+  ResidualIo io;
+  LayerOptions options;
+};
+
+// Acc, the accumulation type, is double for float64 logits and float otherwise.
 template <typename Acc>
 struct LocalResidual {
-  int64_t n_layers = 0, n_samples = 0, n_units = 0;
-  Stack logits, target, multiplier, skip_input; // in
-  const LayerOptions* options = nullptr;        // (T,)
+  const ResidualLayer* layers = nullptr; // T of them, of one shape
+  int64_t n_layers = 0;
   HiddenLoss hidden_loss;
-  Stack residual, delta, q;     // out
-  Acc* energy = nullptr;        // (T,), out
-  double* row_energy = nullptr; // (T * n,), working space
+  Acc* energy = nullptr;         // (T,), out
+  double* tile_energy = nullptr; // (T * n,), working space
 };
 
 #define LGD_DECLARE_LOCAL_RESIDUAL                  \

@@ -19,38 +19,44 @@ at::Tensor accumulated(const at::Tensor& tensor) {
   return tensor.to(c10::CppTypeToScalarType<Acc>::value);
 }
 
-// LinearLayers with the tensors that they point to.
+// The layers of stacks as the kernels read them, with the tensors that they point to.
 template <typename Acc>
-class Layers {
+class LinearLayers {
  public:
-  LinearLayers<Acc> view;
-
-  Layers(const at::Tensor& z, const at::Tensor& weight, bool preactivation, const std::vector<LayerOptions>& options)
-      : z_(z, z.sizes(), "z"), weight_(accumulated<Acc>(weight), weight.sizes(), "weight") {
-    view.n_layers = z.size(0);
-    view.n_samples = z.size(1);
-    view.d_in = z.size(2);
-    view.d_out = weight.size(1);
-    view.preactivation = preactivation;
-    view.options = options.data();
-    view.z = z_.stack;
-    view.weight = weight_.stack;
+  LinearLayers(
+      const at::Tensor& z, const at::Tensor& weight, const OptionalTensor& bias, bool preactivation,
+      const std::vector<LayerOptions>& options, bool need_operand)
+      : z_(z, z.sizes(), "z"),
+        weight_(accumulated<Acc>(weight), weight.sizes(), "weight"),
+        bias_(
+            bias ? OptionalTensor(accumulated<Acc>(*bias).unsqueeze(1)) : std::nullopt,
+            {weight.size(0), 1, weight.size(1)}, "bias"),
+        preactivation_(preactivation),
+        options_(options),
+        operand_dtype_(dtype_of_tensor(weight, "weight")),
+        operand_(z_.stack) {
     const bool is_z =
         z.scalar_type() == c10::CppTypeToScalarType<Acc>::value && weight.scalar_type() == z.scalar_type() &&
         (!preactivation || std::all_of(options.begin(), options.end(), [](auto& o) { return o.activation == 0; }));
-    if (is_z) {
-      view.operand = view.z;
-      return;
+    if (need_operand && !is_z) {
+      operand_tensor_ = empty_on_huge_pages(z.sizes(), c10::CppTypeToScalarType<Acc>::value);
+      operand_ = stack_output(operand_tensor_);
     }
-    operand_ = empty_on_huge_pages(z.sizes(), c10::CppTypeToScalarType<Acc>::value);
-    view.operand = stack_output(operand_);
-    LinearOperand<Acc> io{view, dtype_of_tensor(weight, "weight")};
-    LGD_FOR_THIS_CPU(fill_operand, (io))
+  }
+
+  LinearLayer operator[](int64_t t) const {
+    const at::Tensor& z = z_.tensor;
+    return {z.size(1),         z.size(2),         weight_.tensor.size(1), preactivation_,         options_[t],
+            z_.stack.layer(t), operand_.layer(t), operand_dtype_,         weight_.stack.layer(t), bias_.stack.layer(t)};
   }
 
  private:
-  StackInput z_, weight_;
-  at::Tensor operand_;
+  StackInput z_, weight_, bias_;
+  bool preactivation_;
+  const std::vector<LayerOptions>& options_;
+  DType operand_dtype_;
+  at::Tensor operand_tensor_;
+  Stack operand_;
 };
 
 void check_shapes(const at::Tensor& z, const at::Tensor& weight) {
@@ -75,23 +81,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decoupled_linear(
 
   const auto call = [&](auto io) {
     using Acc = std::remove_pointer_t<decltype(io.energy)>;
-    const Layers<Acc> layers(z, weight, preactivation, options);
-    const OptionalTensor rows_of_bias = bias ? OptionalTensor(accumulated<Acc>(*bias).unsqueeze(1)) : std::nullopt;
-    const StackInput of_bias(rows_of_bias, {shape[0], 1, shape[2]}, "bias");
+    const LinearLayers<Acc> linear(z, weight, bias, preactivation, options, true);
     const auto made = [&](bool needed) { return needed ? empty_on_huge_pages(shape, z.scalar_type()) : empty(z); };
     const at::Tensor residual = made(need_residual), delta = made(need_gradient), q = made(need_gradient);
+    const Stack of_residual = stack_output(residual), of_delta = stack_output(delta), of_q = stack_output(q);
     const at::Tensor energy = at::empty({shape[0]}, z.options().dtype(c10::CppTypeToScalarType<Acc>::value));
-    const at::Tensor row_energy = at::empty({shape[0], shape[1]}, z.options().dtype(at::kDouble));
-    io.layers = layers.view;
+    const at::Tensor tile_energy = at::empty({shape[0], energy_tiles(shape[1], shape[2])}, at::kDouble);
+    std::vector<DecoupledLinearLayer> layers(shape[0]);
+    for (int64_t t = 0; t < shape[0]; ++t) {
+      layers[t].linear = linear[t];
+      layers[t].io = {
+          of_target.stack.layer(t),
+          of_multiplier.stack.layer(t),
+          layers[t].linear.z,
+          {},
+          of_residual.layer(t),
+          of_delta.layer(t),
+          of_q.layer(t)};
+      layers[t].tile_energy = tile_energy.data_ptr<double>() + t * tile_energy.size(1);
+    }
+    io.layers = layers.data();
+    io.n_layers = shape[0];
     io.hidden_loss = {hidden_loss, kappa};
-    io.bias = of_bias.stack;
-    io.target = of_target.stack;
-    io.multiplier = of_multiplier.stack;
-    io.residual = stack_output(residual);
-    io.delta = stack_output(delta);
-    io.q = stack_output(q);
     io.energy = energy.template data_ptr<Acc>();
-    io.row_energy = row_energy.data_ptr<double>();
     LGD_FOR_THIS_CPU(decoupled_linear, (io))
     return std::make_tuple(energy, residual, delta, q);
   };
@@ -107,13 +119,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_linear_backward(
   const std::vector<LayerOptions> options = layer_options(z.size(0), activation, {}, skip, branch_scale, {});
   const std::vector<int64_t> shape = {z.size(0), z.size(1), weight.size(1)};
 
-  const auto call = [&](auto io) {
-    using Acc = std::remove_const_t<std::remove_pointer_t<decltype(io.grad_energy)>>;
-    const Layers<Acc> layers(z, weight, preactivation, options);
+  const auto call = [&](auto io, auto zero) {
+    using Acc = decltype(zero);
+    const LinearLayers<Acc> linear(z, weight, std::nullopt, preactivation, options, need_weight);
     // as an operand of products with the weight, delta is rounded like it
     const StackInput of_delta(accumulated<Acc>(delta.to(weight.scalar_type())), shape, "delta");
     const StackInput of_q(q, shape, "q");
-    const at::Tensor upstream = grad_energy ? accumulated<Acc>(*grad_energy).contiguous() : at::Tensor();
+    const at::Tensor upstream = grad_energy ? grad_energy->to(at::kDouble).contiguous() : at::Tensor();
     const at::Tensor grad_z = need_z ? empty_on_huge_pages(z.sizes(), z.scalar_type()) : empty(z),
                      grad_weight =
                          need_weight ? empty_on_huge_pages(weight.sizes(), weight.scalar_type()) : empty(weight),
@@ -121,20 +133,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_linear_backward(
     const bool bias_by_kernel = need_bias && delta.scalar_type() == weight.scalar_type();
     if (need_bias && !bias_by_kernel) { // the kernel sees delta rounded, for the products only
       const at::Tensor sums = accumulated<Acc>(delta).sum(1);
-      grad_bias.copy_(grad_energy ? sums.mul(upstream.unsqueeze(1)) : sums);
+      grad_bias.copy_(grad_energy ? sums.mul(grad_energy->unsqueeze(1)) : sums);
     }
-    io.layers = layers.view;
-    io.delta = of_delta.stack;
-    io.q = of_q.stack;
-    io.grad_energy = grad_energy ? upstream.template const_data_ptr<Acc>() : nullptr;
-    io.grad_z = stack_output(grad_z);
-    io.grad_weight = stack_output(grad_weight);
-    io.grad_bias = bias_by_kernel ? stack_output(grad_bias.unsqueeze(1)) : Stack{};
+    const Stack of_grad_z = stack_output(grad_z), of_grad_weight = stack_output(grad_weight),
+                of_grad_bias = bias_by_kernel ? stack_output(grad_bias.unsqueeze(1)) : Stack{};
+    std::vector<DecoupledLinearBackwardLayer> layers(shape[0]);
+    for (int64_t t = 0; t < shape[0]; ++t) {
+      layers[t] = {
+          linear[t],
+          of_delta.stack.layer(t),
+          of_q.stack.layer(t),
+          grad_energy ? upstream.const_data_ptr<double>()[t] : 1.0,
+          of_grad_z.layer(t),
+          of_grad_weight.layer(t),
+          of_grad_bias.layer(t)};
+    }
+    io.layers = layers.data();
+    io.n_layers = shape[0];
     LGD_FOR_THIS_CPU(decoupled_linear_backward, (io))
     return std::make_tuple(grad_z, grad_weight, grad_bias);
   };
-  return z.scalar_type() == at::kDouble ? call(DecoupledLinearBackward<double>{})
-                                        : call(DecoupledLinearBackward<float>{});
+  return z.scalar_type() == at::kDouble ? call(DecoupledLinearBackward<double>{}, 0.0)
+                                        : call(DecoupledLinearBackward<float>{}, 0.0f);
 }
 
 } // namespace lgd

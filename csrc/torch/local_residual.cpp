@@ -9,16 +9,6 @@
 #include "stacks.h"
 
 namespace lgd {
-namespace {
-
-template <typename Acc>
-void run(LocalResidual<Acc>& io, const at::Tensor& energy, const at::Tensor& row_energy) {
-  io.energy = energy.data_ptr<Acc>();
-  io.row_energy = row_energy.data_ptr<double>();
-  LGD_FOR_THIS_CPU(local_residual, (io))
-}
-
-} // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_residual(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& multiplier,
@@ -39,22 +29,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_residual(
   const at::Tensor residual = output(need_residual), delta = output(need_gradient), q = output(need_gradient);
   const at::ScalarType acc = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor energy = at::empty({n_layers}, logits.options().dtype(acc));
-  const at::Tensor row_energy = at::empty({n_layers, logits.size(1)}, logits.options().dtype(at::kDouble));
+  const at::Tensor tile_energy = at::empty({n_layers, logits.size(1)}, logits.options().dtype(at::kDouble));
+  const Stack of_residual = stack_output(residual), of_delta = stack_output(delta), of_q = stack_output(q);
+  std::vector<ResidualLayer> layers(n_layers);
+  for (int64_t t = 0; t < n_layers; ++t) {
+    layers[t].n_samples = logits.size(1);
+    layers[t].n_units = logits.size(2);
+    layers[t].logits = of_logits.stack.layer(t);
+    layers[t].io = {
+        of_target.stack.layer(t),
+        of_multiplier.stack.layer(t),
+        of_skip.stack.layer(t),
+        {},
+        of_residual.layer(t),
+        of_delta.layer(t),
+        of_q.layer(t)};
+    layers[t].options = options[t];
+  }
 
   const auto call = [&](auto io) {
+    io.layers = layers.data();
     io.n_layers = n_layers;
-    io.n_samples = logits.size(1);
-    io.n_units = logits.size(2);
-    io.logits = of_logits.stack;
-    io.target = of_target.stack;
-    io.multiplier = of_multiplier.stack;
-    io.skip_input = of_skip.stack;
-    io.options = options.data();
     io.hidden_loss = {hidden_loss, kappa};
-    io.residual = stack_output(residual);
-    io.delta = stack_output(delta);
-    io.q = stack_output(q);
-    run(io, energy, row_energy);
+    io.energy = energy.data_ptr<std::remove_pointer_t<decltype(io.energy)>>();
+    io.tile_energy = tile_energy.data_ptr<double>();
+    LGD_FOR_THIS_CPU(local_residual, (io))
   };
   acc == at::kDouble ? call(LocalResidual<double>{}) : call(LocalResidual<float>{});
   return {energy, residual, delta, q};

@@ -5,12 +5,23 @@
 namespace lgd {
 namespace {
 
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
+}
+
 Stack stack_of(const at::Tensor& tensor, const char* name) {
   return {
       const_cast<void*>(tensor.const_data_ptr()), dtype_of_tensor(tensor, name), tensor.stride(0), tensor.stride(1)};
 }
 
 } // namespace
+
+Matrix Stack::layer(int64_t t) const {
+  if (data == nullptr) {
+    return {};
+  }
+  return {static_cast<char*>(data) + t * layer_stride * bytes_of(dtype), dtype, row_stride};
+}
 
 StackInput::StackInput(const OptionalTensor& given, at::IntArrayRef shape, const char* name) {
   if (!given) {

@@ -10,6 +10,15 @@
 
 namespace lgd {
 
+// A tensor (T, n, d) with its last dimension contiguous; strides count elements. Absent when `data` is null.
+struct Stack {
+  void* data = nullptr;
+  DType dtype = DType::Float32;
+  int64_t layer_stride = 0, row_stride = 0;
+
+  Matrix layer(int64_t t) const;
+};
+
 // A tensor (T, n, d) as the kernels read it, which keeps it alive: itself where its rows are contiguous, else a copy.
 struct StackInput {
   Stack stack;

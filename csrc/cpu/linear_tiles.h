@@ -1,0 +1,196 @@
+// The products of linear layers tile by tile, and what is done to the elements of a tile while it is in cache: the
+// building blocks of decoupled_linear and decoupled_step.
+//
+// The place of a tile depends on the shape of its layer alone, so that no result depends on the threads, or on how many
+// layers there are.
+#pragma once
+
+#include <cstdint>
+
+#include "decoupled_linear.h"
+#include "elementary.h"
+#include "gemm.h"
+#include "parallel.h"
+#include "residual_tile.h"
+#include "tiles.h"
+#include "transpose.h"
+
+namespace lgd {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kSamples = 512; // multiplied at once for the gradient of a weight
+constexpr int64_t kInputs = 256;  // inputs of a tile of such a gradient
+
+// Into how many parts the work of a layer is cut: 1 where whole layers keep all threads busy.
+inline int64_t parts_of_layer(int64_t n_layers) {
+  const int64_t threads = num_threads(), rounds = tiles_of(n_layers, threads);
+  return 10 * rounds * threads <= 11 * n_layers ? 1 : 4 * threads;
+}
+
+// body(t, begin, end) for ranges that cover the size(t) items of every layer and start at multiples of `step`.
+template <typename Size, typename Body>
+inline void for_parts_of_layers(int64_t n_layers, int64_t step, const Size& size, const Body& body) {
+  const int64_t parts = parts_of_layer(n_layers);
+  parallel_for(0, n_layers * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t t = i / parts, part = i % parts;
+      const int64_t items_each = tiles_of(tiles_of(size(t), step), parts) * step;
+      const int64_t begin = at_most(part * items_each, size(t)), end = at_most(begin + items_each, size(t));
+      if (begin < end || parts == 1) { // a whole layer has its turn even if there is nothing in it
+        body(t, begin, end);
+      }
+    }
+    release_multiplier();
+  });
+}
+
+// body(first, count) for pieces of at most `size` that cover [begin, end).
+template <typename Body>
+inline void for_pieces(int64_t begin, int64_t end, int64_t size, const Body& body) {
+  for (int64_t first = begin; first < end; first += size) {
+    body(first, at_most(end - first, size));
+  }
+}
+
+// The activation stands before a layer's product or after it.
+inline int64_t phi_of(const LinearLayer& l) {
+  return l.preactivation ? l.options.activation : 0;
+}
+inline int64_t f_of(const LinearLayer& l) {
+  return l.preactivation ? 0 : l.options.activation;
+}
+
+// operand = phi(z) for samples [begin, end), where it is not z itself.
+template <typename Acc>
+inline void fill_operand(const LinearLayer& l, int64_t begin, int64_t end) {
+  using Vec = Vectorized<Acc>;
+  if (l.operand.data == l.z.data) {
+    return;
+  }
+  with_activation(phi_of(l), [&](auto phi) {
+    for (int64_t sample = begin; sample < end; ++sample) {
+      const auto z = read_tile<Acc>(l.z, Tile{sample, 1, 0, l.d_in}, Scratch::SkipInput);
+      Acc* target = row_pointer<Acc>(l.operand, sample);
+      for_vectors<Acc>(l.d_in, [&](int64_t i, int64_t n) {
+        decltype(phi)::at(Vec::loadu(z.data + i, n)).value.store(target + i, n);
+      });
+      if (l.operand_dtype != dtype_of<Acc>()) {
+        char* rounded = scratch_of<char>(Scratch::Residual, l.d_in * element_size(l.operand_dtype));
+        store_row(target, Row{rounded, l.operand_dtype, 1}, 0, l.d_in);
+        load_row(ConstRow{rounded, l.operand_dtype, 1}, 0, l.d_in, target); // back to `target`: the dtypes differ
+      }
+    }
+  });
+}
+
+// finish(tile, logits) for the tiles of raw logits of samples [begin, end); logits(i, j, n) as residual_tile wants
+// them.
+template <typename Acc, typename Finish>
+inline void for_tiles_of_logits(const LinearLayer& l, int64_t begin, int64_t end, const Finish& finish) {
+  using Vec = Vectorized<Acc>;
+  Acc* weight_t = scratch_of<Acc>(Scratch::Matrix, l.d_in * kPanel); // (d_in, kPanel)
+  Acc* product = scratch_of<Acc>(Scratch::Logits, kRows * kPanel);   // (kRows, kPanel)
+  const Vec scale(static_cast<Acc>(l.options.branch_scale));
+  for_pieces(0, l.d_out, kPanel, [&](int64_t first, int64_t outputs) {
+    transpose_matrix(row_pointer<Acc>(l.weight, first), l.weight.stride, outputs, l.d_in, weight_t, kPanel);
+    const Acc* bias = l.bias.data == nullptr ? nullptr : row_pointer<Acc>(l.bias, 0) + first;
+    for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
+      multiply_tile(
+          rows, outputs, l.d_in, row_pointer<Acc>(l.operand, row), l.operand.stride, weight_t, kPanel, product, kPanel,
+          false);
+      finish(Tile{row, rows, first, outputs}, [&](int64_t i, int64_t j, int64_t n) {
+        const Vec v = Vec::loadu(product + i * kPanel + j, n);
+        return bias == nullptr ? v * scale : at::vec::fmadd(v, scale, Vec::loadu(bias + j, n));
+      });
+    });
+  });
+}
+
+// The residual, delta, q and energy of samples [begin, end), the operand filled.
+template <typename Acc>
+inline void judge(
+    const LinearLayer& l, const ResidualIo& io, const HiddenLoss& hidden_loss, int64_t begin, int64_t end,
+    double* tile_energy) {
+  const int64_t panels = tiles_of(l.d_out, kPanel);
+  for_tiles_of_logits<Acc>(l, begin, end, [&](const Tile& tile, const auto& logits) {
+    const double energy = residual_tile<Acc>(io, l.options, f_of(l), hidden_loss, tile, logits);
+    tile_energy[tile.row / kRows * panels + tile.column / kPanel] = energy;
+  });
+}
+
+// The sum of a layer's tile energies, in order.
+inline double energy_of_tiles(const LinearLayer& l, const double* tile_energy) {
+  return sum_in_order(tile_energy, energy_tiles(l.n_samples, l.d_out));
+}
+
+// target = factor * (s phi'(z) (delta W) - c q) for samples [begin, end).
+template <typename Acc>
+inline void input_gradient(
+    const LinearLayer& l, const Matrix& delta, const Matrix& q, Acc factor, const Matrix& target, int64_t begin,
+    int64_t end) {
+  using Vec = Vectorized<Acc>;
+  Acc* product = scratch_of<Acc>(Scratch::Logits, kRows * kPanel); // (kRows, kPanel)
+  const Vec scale(factor * static_cast<Acc>(l.options.branch_scale)),
+      minus_skip(-factor * static_cast<Acc>(l.options.skip));
+  for_pieces(0, l.d_in, kPanel, [&](int64_t first, int64_t inputs) {
+    for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
+      const Tile tile{row, rows, first, inputs};
+      multiply_tile(
+          rows, inputs, l.d_out, row_pointer<Acc>(delta, row), delta.stride, row_pointer<Acc>(l.weight, 0) + first,
+          l.weight.stride, product, kPanel, false);
+      const auto z = read_tile<Acc>(l.z, tile, Scratch::SkipInput);
+      const auto of_target = read_tile<Acc>(l.options.skip == 0 ? Matrix{} : q, tile, Scratch::Q);
+      const OutputTile<Acc> gradient(target, tile, Scratch::Residual);
+      with_activation(phi_of(l), [&](auto phi) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const Acc *of_row = product + i * kPanel, *z_row = z.row(i), *q_row = of_target.row(i);
+          Acc* out = gradient.view.row(i);
+          for_vectors<Acc>(inputs, [&](int64_t j, int64_t n) {
+            const Vec v = Vec::loadu(of_row + j, n) * scale * decltype(phi)::at(Vec::loadu(z_row + j, n)).slope;
+            (q_row == nullptr ? v : at::vec::fmadd(Vec::loadu(q_row + j, n), minus_skip, v)).store(out + j, n);
+          });
+        }
+      });
+      gradient.finish();
+    });
+  });
+}
+
+template <typename Acc>
+inline Acc sum_of_run(const Acc* values, int64_t count) {
+  using Vec = Vectorized<Acc>;
+  Vec total(Acc(0));
+  for_vectors<Acc>(count, [&](int64_t i, int64_t n) { total = total + Vec::loadu(values + i, n); }); // 0 beyond the end
+  return sum_of_lanes(total);
+}
+
+// finish(first, count, products, sums) for panels of the outputs [begin, end): the products (count, d_in) are
+// delta^T phi(z), the sums those of delta over the samples. Without products if nobody wants them.
+template <typename Acc, typename Finish>
+inline void for_panels_of_outputs(
+    const LinearLayer& l, const Matrix& delta, bool want_products, int64_t begin, int64_t end, const Finish& finish) {
+  const int64_t stride = at_most(l.n_samples, kSamples), columns = want_products ? l.d_in : 0;
+  Acc* delta_t = scratch_of<Acc>(Scratch::Delta, kPanel * stride);      // (kPanel, samples)
+  Acc* products = scratch_of<Acc>(Scratch::Gradient, kPanel * columns); // (kPanel, d_in)
+  for_pieces(begin, end, kPanel, [&](int64_t output, int64_t outputs) {
+    Acc sums[kPanel] = {};
+    for (int64_t i = 0; i < outputs * columns && l.n_samples == 0; ++i) {
+      products[i] = 0;
+    }
+    for_pieces(0, l.n_samples, kSamples, [&](int64_t sample, int64_t samples) {
+      transpose_matrix(row_pointer<Acc>(delta, sample) + output, delta.stride, samples, outputs, delta_t, stride);
+      for (int64_t i = 0; i < outputs; ++i) {
+        sums[i] += sum_of_run(delta_t + i * stride, samples);
+      }
+      for_pieces(0, columns, kInputs, [&](int64_t column, int64_t inputs) {
+        multiply_tile(
+            outputs, inputs, samples, delta_t, stride, row_pointer<Acc>(l.operand, sample) + column, l.operand.stride,
+            products + column, columns, sample > 0);
+      });
+    });
+    finish(output, outputs, products, sums);
+  });
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace lgd
