@@ -24,11 +24,18 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
-VECTOR_SOURCES = [CPU / "softmax_infogain.cpp", CPU / "local_residual.cpp", CPU / "decoupled_linear.cpp"]
+VECTOR_SOURCES = [
+    CPU / "softmax_infogain.cpp",
+    CPU / "local_residual.cpp",
+    CPU / "linear_tiles.cpp",
+    CPU / "decoupled_linear.cpp",
+    CPU / "decoupled_step.cpp",
+]
 COMMON_SOURCES = [
     "csrc/bindings.cpp",
     "csrc/torch/common.cpp",
     "csrc/torch/decoupled_linear.cpp",
+    "csrc/torch/decoupled_step.cpp",
     "csrc/torch/huge_pages.cpp",
     "csrc/torch/local_residual.cpp",
     "csrc/torch/softmax_infogain.cpp",

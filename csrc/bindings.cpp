@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "torch/decoupled_linear.h"
+#include "torch/decoupled_step.h"
 #include "torch/local_residual.h"
 #include "torch/softmax_infogain.h"
 #include "torch/softmax_infogain_autograd.h"
@@ -68,6 +69,47 @@ auto softmax_infogain_backward_matrix(
   return lgd::softmax_infogain_backward_matrix({logits, labels, {}, ignore_index, 0.0}, n_rows, grad_loss);
 }
 
+auto decoupled_step_(
+    const Tensor& x, const lgd::TensorList& z, const lgd::TensorList& multiplier, const lgd::TensorList& velocity,
+    const lgd::TensorList& residual, const lgd::TensorList& weight, const lgd::TensorList& weight_first,
+    const lgd::TensorList& weight_second, const lgd::TensorList& bias, const lgd::TensorList& bias_first,
+    const lgd::TensorList& bias_second, const Tensor& target, LGD_H_PARAMETERS, int64_t ignore_index,
+    bool squared_error, const std::vector<int64_t>& activation, bool preactivation, int64_t hidden_loss, double kappa,
+    const std::vector<double>& rho, const std::vector<double>& skip, const std::vector<double>& branch_scale,
+    int64_t steps, double step_size, double z_momentum, double dual_step, int64_t update_rule,
+    const std::vector<double>& update_numbers) {
+  py::gil_scoped_release release;
+  return lgd::decoupled_step_(
+      {x,
+       z,
+       multiplier,
+       velocity,
+       residual,
+       weight,
+       weight_first,
+       weight_second,
+       bias,
+       bias_first,
+       bias_second,
+       target,
+       {matrix, background, diagonal, crow, col, values},
+       ignore_index,
+       squared_error,
+       activation,
+       preactivation,
+       hidden_loss,
+       kappa,
+       rho,
+       skip,
+       branch_scale,
+       steps,
+       step_size,
+       z_momentum,
+       dual_step,
+       update_rule,
+       update_numbers});
+}
+
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -85,5 +127,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("count_labels", &lgd::count_labels);
   m.def("local_residual", &lgd::local_residual, py::call_guard<py::gil_scoped_release>());
   m.def("decoupled_linear", &lgd::decoupled_linear, py::call_guard<py::gil_scoped_release>());
+  m.def("decoupled_step_", &decoupled_step_);
   m.def("decoupled_linear_backward", &lgd::decoupled_linear_backward, py::call_guard<py::gil_scoped_release>());
 }

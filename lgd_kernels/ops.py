@@ -241,9 +241,22 @@ _define(
     lambda info, in_dims, *args: _vmap_over_layers(decoupled_linear_backward, info, in_dims, *args),
 )
 
+_define(
+    "decoupled_step_",
+    "(Tensor x, Tensor(a!)[] z, Tensor(b!)[] multiplier, Tensor(c!)[] velocity, Tensor(d!)[] residual, "
+    "Tensor(e!)[] weight, Tensor(f!)[] weight_first, Tensor(g!)[] weight_second, "
+    "Tensor(h!)[] bias, Tensor(i!)[] bias_first, Tensor(j!)[] bias_second, Tensor target, "
+    "Tensor? matrix, Tensor? background, Tensor? diagonal, Tensor? crow, Tensor? col, Tensor? values, "
+    "int ignore_index, bool squared_error, int[] activation, bool preactivation, int hidden_loss, float kappa, float[] rho, "
+    "float[] skip, float[] branch_scale, int steps, float step_size, float z_momentum, float dual_step, "
+    "int update_rule, float[] update_numbers) -> Tensor",
+    lambda x, *rest: x.new_empty(sum(w.shape[0] for w in rest[4]), dtype=accumulation_dtype(x.dtype)),
+)
+
 local_residual = torch.ops.lgd_kernels.local_residual.default
 decoupled_linear = torch.ops.lgd_kernels.decoupled_linear.default
 decoupled_linear_backward = torch.ops.lgd_kernels.decoupled_linear_backward.default
+decoupled_step_ = torch.ops.lgd_kernels.decoupled_step_.default
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks of H that depend on its values: ops, so that an Infogain can be built inside a compiled function

@@ -62,26 +62,19 @@ inline int64_t f_of(const LinearLayer& l) {
 
 // operand = phi(z) for samples [begin, end), where it is not z itself.
 template <typename Acc>
-inline void fill_operand(const LinearLayer& l, int64_t begin, int64_t end) {
-  using Vec = Vectorized<Acc>;
-  if (l.operand.data == l.z.data) {
-    return;
-  }
-  with_activation(phi_of(l), [&](auto phi) {
-    for (int64_t sample = begin; sample < end; ++sample) {
-      const auto z = read_tile<Acc>(l.z, Tile{sample, 1, 0, l.d_in}, Scratch::SkipInput);
-      Acc* target = row_pointer<Acc>(l.operand, sample);
-      for_vectors<Acc>(l.d_in, [&](int64_t i, int64_t n) {
-        decltype(phi)::at(Vec::loadu(z.data + i, n)).value.store(target + i, n);
-      });
-      if (l.operand_dtype != dtype_of<Acc>()) {
-        char* rounded = scratch_of<char>(Scratch::Residual, l.d_in * element_size(l.operand_dtype));
-        store_row(target, Row{rounded, l.operand_dtype, 1}, 0, l.d_in);
-        load_row(ConstRow{rounded, l.operand_dtype, 1}, 0, l.d_in, target); // back to `target`: the dtypes differ
-      }
-    }
-  });
-}
+void fill_operand(const LinearLayer& l, int64_t begin, int64_t end);
+
+// The residual, delta, q and energy of samples [begin, end), the operand filled.
+template <typename Acc>
+void judge(
+    const LinearLayer& l, const ResidualIo& io, const HiddenLoss& hidden_loss, int64_t begin, int64_t end,
+    double* tile_energy);
+
+// target = factor * (s phi'(z) (delta W) - c q) for samples [begin, end).
+template <typename Acc>
+void input_gradient(
+    const LinearLayer& l, const Matrix& delta, const Matrix& q, Acc factor, const Matrix& target, int64_t begin,
+    int64_t end);
 
 // finish(tile, logits) for the tiles of raw logits of samples [begin, end); logits(i, j, n) as residual_tile wants
 // them.
@@ -106,54 +99,9 @@ inline void for_tiles_of_logits(const LinearLayer& l, int64_t begin, int64_t end
   });
 }
 
-// The residual, delta, q and energy of samples [begin, end), the operand filled.
-template <typename Acc>
-inline void judge(
-    const LinearLayer& l, const ResidualIo& io, const HiddenLoss& hidden_loss, int64_t begin, int64_t end,
-    double* tile_energy) {
-  const int64_t panels = tiles_of(l.d_out, kPanel);
-  for_tiles_of_logits<Acc>(l, begin, end, [&](const Tile& tile, const auto& logits) {
-    const double energy = residual_tile<Acc>(io, l.options, f_of(l), hidden_loss, tile, logits);
-    tile_energy[tile.row / kRows * panels + tile.column / kPanel] = energy;
-  });
-}
-
 // The sum of a layer's tile energies, in order.
 inline double energy_of_tiles(const LinearLayer& l, const double* tile_energy) {
   return sum_in_order(tile_energy, energy_tiles(l.n_samples, l.d_out));
-}
-
-// target = factor * (s phi'(z) (delta W) - c q) for samples [begin, end).
-template <typename Acc>
-inline void input_gradient(
-    const LinearLayer& l, const Matrix& delta, const Matrix& q, Acc factor, const Matrix& target, int64_t begin,
-    int64_t end) {
-  using Vec = Vectorized<Acc>;
-  Acc* product = scratch_of<Acc>(Scratch::Logits, kRows * kPanel); // (kRows, kPanel)
-  const Vec scale(factor * static_cast<Acc>(l.options.branch_scale)),
-      minus_skip(-factor * static_cast<Acc>(l.options.skip));
-  for_pieces(0, l.d_in, kPanel, [&](int64_t first, int64_t inputs) {
-    for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
-      const Tile tile{row, rows, first, inputs};
-      multiply_tile(
-          rows, inputs, l.d_out, row_pointer<Acc>(delta, row), delta.stride, row_pointer<Acc>(l.weight, 0) + first,
-          l.weight.stride, product, kPanel, false);
-      const auto z = read_tile<Acc>(l.z, tile, Scratch::SkipInput);
-      const auto of_target = read_tile<Acc>(l.options.skip == 0 ? Matrix{} : q, tile, Scratch::Q);
-      const OutputTile<Acc> gradient(target, tile, Scratch::Residual);
-      with_activation(phi_of(l), [&](auto phi) {
-        for (int64_t i = 0; i < rows; ++i) {
-          const Acc *of_row = product + i * kPanel, *z_row = z.row(i), *q_row = of_target.row(i);
-          Acc* out = gradient.view.row(i);
-          for_vectors<Acc>(inputs, [&](int64_t j, int64_t n) {
-            const Vec v = Vec::loadu(of_row + j, n) * scale * decltype(phi)::at(Vec::loadu(z_row + j, n)).slope;
-            (q_row == nullptr ? v : at::vec::fmadd(Vec::loadu(q_row + j, n), minus_skip, v)).store(out + j, n);
-          });
-        }
-      });
-      gradient.finish();
-    });
-  });
 }
 
 template <typename Acc>

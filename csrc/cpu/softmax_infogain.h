@@ -94,9 +94,14 @@ struct SoftmaxInfogainBackwardMatrix {
 LGD_DECLARE_FOR(DEFAULT)
 LGD_DECLARE_FOR(AVX2)
 LGD_DECLARE_FOR(AVX512)
+#undef LGD_DECLARE_FOR
+#else
+inline namespace CPU_CAPABILITY {
+LGD_DECLARE_SOFTMAX_INFOGAIN(float)
+LGD_DECLARE_SOFTMAX_INFOGAIN(double)
+} // namespace CPU_CAPABILITY
 #endif
 
-#undef LGD_DECLARE_FOR
 #undef LGD_DECLARE_SOFTMAX_INFOGAIN
 
 } // namespace lgd

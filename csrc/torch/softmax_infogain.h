@@ -5,13 +5,9 @@
 #include <tuple>
 
 #include "common.h"
+#include "infogain.h"
 
 namespace lgd {
-
-// H's parts; absent where H has no such part.
-struct InfogainTensors {
-  OptionalTensor matrix, background, diagonal, crow, col, values;
-};
 
 // The arguments that every function of this op starts with.
 struct RowArguments {

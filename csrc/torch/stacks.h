@@ -24,6 +24,7 @@ struct StackInput {
   Stack stack;
   at::Tensor tensor;
 
+  StackInput() = default;
   StackInput(const OptionalTensor& given, at::IntArrayRef shape, const char* name);
 };
 

@@ -6,7 +6,16 @@ step_size.py      the curvature of the energy in the hidden values, which sets t
 """
 
 from lgd_kernels.decoupled.residual_net import LinearStack, ResidualNet
+from lgd_kernels.decoupled.step import decoupled_step_
 from lgd_kernels.decoupled.step_size import largest_curvature
 from lgd_kernels.decoupled.visit import Batch, gradient_of_hidden, visit_
 
-__all__ = ["Batch", "LinearStack", "ResidualNet", "gradient_of_hidden", "largest_curvature", "visit_"]
+__all__ = [
+    "Batch",
+    "LinearStack",
+    "ResidualNet",
+    "decoupled_step_",
+    "gradient_of_hidden",
+    "largest_curvature",
+    "visit_",
+]

@@ -72,25 +72,19 @@ def _check_per_row(name: str, tensor: Tensor, logits: Tensor, axis: int) -> None
         raise ValueError(f"{name}: is on {tensor.device}, but logits are on {logits.device}")
 
 
-def _parts_for(H: Infogain | None, logits: Tensor, axis: int) -> InfogainParts:
-    """H's tensors, once they fit the logits; numbers move to the logits' device."""
+def parts_for(H: Infogain | None, device: torch.device, num_classes: int, because: str) -> InfogainParts:
+    """H's tensors, once they fit the number of classes; numbers move to the device."""
     if H is None:
         return InfogainParts()
     if not isinstance(H, Infogain):
         hint = "; wrap a matrix with lgd.Infogain.dense(matrix)" if isinstance(H, Tensor) else ""
         raise TypeError(f"H: expected an lgd.Infogain, got {type(H).__name__}{hint}")
-    num_classes = logits.shape[axis]
     if H.num_classes is not None and H.num_classes != num_classes:
-        raise ValueError(
-            f"H: is for {H.num_classes} classes, but logits of shape {tuple(logits.shape)} have {num_classes} "
-            f"along axis {axis}"
-        )
-    parts = [part if part is None or part.dim() else part.to(logits.device) for part in H.parts]
+        raise ValueError(f"H: is for {H.num_classes} classes, but {because}")
+    parts = [part if part is None or part.dim() else part.to(device) for part in H.parts]
     for part in parts:
-        if part is not None and part.device != logits.device:
-            raise ValueError(
-                f"H: is on {part.device}, but logits are on {logits.device}; move it with H.to({str(logits.device)!r})"
-            )
+        if part is not None and part.device != device:
+            raise ValueError(f"H: is on {part.device}, but logits are on {device}; move it with H.to({str(device)!r})")
     return InfogainParts(*parts)
 
 
@@ -118,7 +112,9 @@ def _canonical(
         counts = labels != ignore_index  # what an ignored row weighs is nobody's business: it may be NaN
         weight = torch.where(counts, sample_weight.to(accumulation_dtype(logits.dtype)), 0)
         weight = weight.reshape(per_row)
-    return _Rows(logits, shape, labels.reshape(per_row), _parts_for(H, logits, axis), ignore_index, z_loss, weight)
+    because = f"logits of shape {tuple(logits.shape)} have {shape[1]} along axis {axis}"
+    parts = parts_for(H, logits.device, shape[1], because)
+    return _Rows(logits, shape, labels.reshape(per_row), parts, ignore_index, z_loss, weight)
 
 
 def _denominator(rows: _Rows, reduction: str, normalization: str | None) -> Tensor | float | None:

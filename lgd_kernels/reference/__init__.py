@@ -10,6 +10,7 @@ from lgd_kernels.reference.decoupled_linear import (
     decoupled_linear_backward,
     decoupled_linear_tangent,
 )
+from lgd_kernels.reference.decoupled_step import UPDATE_RULES, UpdateNumbers, decoupled_step_
 from lgd_kernels.reference.local_residual import local_residual, local_residual_tangent
 from lgd_kernels.reference.softmax_infogain import (
     SoftmaxInfogainTerms,
@@ -28,12 +29,15 @@ from lgd_kernels.reference.softmax_infogain import (
 __all__ = [
     "ACTIVATIONS",
     "HIDDEN_LOSSES",
+    "UPDATE_RULES",
     "SoftmaxInfogainTerms",
+    "UpdateNumbers",
     "accumulation_dtype",
     "count_labels",
     "decoupled_linear",
     "decoupled_linear_backward",
     "decoupled_linear_tangent",
+    "decoupled_step_",
     "infogain_rows",
     "local_residual",
     "local_residual_tangent",

@@ -15,7 +15,7 @@ from lgd_kernels.reference.local_residual import layer_energy, layer_residual, l
 from lgd_kernels.reference.softmax_infogain import accumulation_dtype
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b accumulated in `dtype`, with both operands rounded to the dtype of b first.
 
     The operands are copied, because the bits of a library's product depend on where its operands start in memory, and
@@ -28,14 +28,14 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(a, b)
 
 
-def _functions(activation: int, preactivation: bool) -> tuple[int, int]:
+def functions_of(activation: int, preactivation: bool) -> tuple[int, int]:
     """(phi, f): what is applied to the layer's input and to its raw logits."""
     return (activation, IDENTITY) if preactivation else (IDENTITY, activation)
 
 
-def _layer_logits(z: Tensor, weight: Tensor, bias: Tensor | None, phi: int, branch_scale: float) -> Tensor:
+def layer_logits(z: Tensor, weight: Tensor, bias: Tensor | None, phi: int, branch_scale: float) -> Tensor:
     """a = branch_scale * phi(z) W^T + b of one layer, for z (n, d_in) in the accumulation type."""
-    logits = branch_scale * _product(activate(phi, z), weight.t(), z.dtype)
+    logits = branch_scale * product(activate(phi, z), weight.t(), z.dtype)
     return logits if bias is None else logits + bias.to(z.dtype)
 
 
@@ -71,8 +71,8 @@ def decoupled_linear(
     tensors = (layers_of(x, z.shape[0], accumulate) for x in (z, bias, target, multiplier))
     energies, residuals, deltas, qs = [], [], [], []
     for t, (x, b, y, lambda_) in enumerate(zip(*tensors, strict=True)):
-        phi, f = _functions(activation[t], preactivation)
-        a = _layer_logits(x, weight[t], b, phi, branch_scale[t])
+        phi, f = functions_of(activation[t], preactivation)
+        a = layer_logits(x, weight[t], b, phi, branch_scale[t])
         e = layer_residual(a, y, x, f, skip[t])
         energy, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], dual_step[t])
         energies.append(energy)
@@ -116,16 +116,16 @@ def decoupled_linear_backward(
     tensors = (layers_of(x, z.shape[0], accumulate) for x in (z, q, grad_energy))
     grad_z, grad_weight, grad_bias = [], [], []
     for t, (x, of_target, upstream) in enumerate(zip(*tensors, strict=True)):
-        phi, _ = _functions(activation[t], preactivation)
+        phi, _ = functions_of(activation[t], preactivation)
         scale = branch_scale[t] if upstream is None else branch_scale[t] * upstream
         if need_z:
-            gradient = times_derivative(phi, x, scale * _product(delta[t], weight[t], accumulate))
+            gradient = times_derivative(phi, x, scale * product(delta[t], weight[t], accumulate))
             if skip[t] != 0:
                 gradient = gradient - (skip[t] if upstream is None else skip[t] * upstream) * of_target
             grad_z.append(gradient)
         if need_weight:
             operand = activate(phi, x).to(weight.dtype)
-            grad_weight.append(scale * _product(delta[t].t(), operand, accumulate))
+            grad_weight.append(scale * product(delta[t].t(), operand, accumulate))
         if need_bias:
             gradient = delta[t].to(accumulate).sum(0)
             grad_bias.append(gradient if upstream is None else upstream * gradient)
@@ -168,17 +168,17 @@ def decoupled_linear_tangent(
     tensors = (layers_of(x, z.shape[0], accumulate) for x in stacks)
     tangents = []
     for t, (x, b, y, lambda_, x_t, b_t, y_t, lambda_t) in enumerate(zip(*tensors, strict=True)):
-        phi, f = _functions(activation[t], preactivation)
-        a = _layer_logits(x, weight[t], b, phi, branch_scale[t])
+        phi, f = functions_of(activation[t], preactivation)
+        a = layer_logits(x, weight[t], b, phi, branch_scale[t])
         e = layer_residual(a, y, x, f, skip[t])
         _, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], 0.0)
         a_t, e_t = torch.zeros_like(a), torch.zeros_like(e)
         if x_t is not None:
-            a_t = a_t + branch_scale[t] * _product(times_derivative(phi, x, x_t), weight[t].t(), accumulate)
+            a_t = a_t + branch_scale[t] * product(times_derivative(phi, x, x_t), weight[t].t(), accumulate)
             if skip[t] != 0:
                 e_t = e_t - skip[t] * x_t
         if weight_t is not None:
-            a_t = a_t + branch_scale[t] * _product(activate(phi, x), weight_t[t].t(), accumulate)
+            a_t = a_t + branch_scale[t] * product(activate(phi, x), weight_t[t].t(), accumulate)
         if b_t is not None:
             a_t = a_t + b_t
         if y_t is not None:

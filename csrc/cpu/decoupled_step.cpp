@@ -1,0 +1,211 @@
+// decoupled_step_ for one instruction set; compiled once for each.
+//
+// Every phase is one parallel loop over all layers, so that the number of phases does not depend on the depth. A
+// layer's delta, its gradients and the update of its weight follow its forward product at once, while they are in
+// cache.
+
+#include "decoupled_step.h"
+
+#include "../common/optimizers.h"
+#include "linear_tiles.h"
+
+namespace lgd {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// One step of the optimizer for `count` elements of a row of a parameter; the gradient is `scale` times what is given.
+template <typename Acc>
+void update(
+    int64_t update_rule, const Parameter& p, int64_t row, int64_t column, int64_t count, const Acc* gradient,
+    double scale) {
+  using Vec = Vectorized<Acc>;
+  const auto all = [](double number) { return Vec(static_cast<Acc>(number)); };
+  const Update& u = p.update;
+  const UpdateNumbers<Vec> numbers{all(u.lr),    all(u.momentum), all(u.second_momentum), all(u.epsilon), all(u.l2),
+                                   all(u.decay), all(u.root)};
+  Acc* value = row_pointer<Acc>(p.value, row) + column;
+  with_update_rule(update_rule, [&](auto rule) {
+    using Rule = decltype(rule);
+    Acc* first = Rule::has_first ? row_pointer<Acc>(p.first, row) + column : nullptr;
+    Acc* second = Rule::has_second ? row_pointer<Acc>(p.second, row) + column : nullptr;
+    for_vectors<Acc>(count, [&](int64_t i, int64_t n) {
+      Vec w = Vec::loadu(value + i, n), m, v;
+      if constexpr (Rule::has_first) {
+        m = Vec::loadu(first + i, n);
+      }
+      if constexpr (Rule::has_second) {
+        v = Vec::loadu(second + i, n);
+      }
+      Rule::step(numbers, Vec::loadu(gradient + i, n) * all(scale), w, m, v);
+      w.store(value + i, n);
+      if constexpr (Rule::has_first) {
+        m.store(first + i, n);
+      }
+      if constexpr (Rule::has_second) {
+        v.store(second + i, n);
+      }
+    });
+  });
+}
+
+template <typename Acc>
+class Visit {
+ public:
+  explicit Visit(const DecoupledStep<Acc>& io) : io_(io), whole_layers_(parts_of_layer(io.n_layers) == 1) {}
+
+  void run() const {
+    for (int64_t k = 0; k < io_.steps; ++k) {
+      sweep(k > 0, false);
+      move_hidden();
+    }
+    sweep(io_.steps > 0, true);
+    if (!whole_layers_) {
+      for_parts_of_layers(
+          io_.n_layers, kPanel, [&](int64_t t) { return io_.layers[t].linear.d_out; },
+          [&](int64_t t, int64_t begin, int64_t end) { update_parameters(t, begin, end); });
+    }
+    for (int64_t t = 0; t < io_.n_layers; ++t) {
+      io_.energy[t] = static_cast<Acc>(
+          has_softmax(t) ? sum_of_losses() : energy_of_tiles(io_.layers[t].linear, io_.layers[t].tile_energy));
+    }
+  }
+
+ private:
+  bool has_softmax(int64_t t) const { return t == io_.n_layers - 1 && io_.head.logits.data != nullptr; }
+
+  double sum_of_losses() const {
+    double sum = 0;
+    for (int64_t i = 0; i < io_.layers[io_.n_layers - 1].linear.n_samples; ++i) {
+      sum += static_cast<double>(io_.head.loss[i]);
+    }
+    return sum;
+  }
+
+  // Judge all layers at the present z, and carry on what follows: to z, or in the last sweep to the parameters.
+  void sweep(bool dual, bool last) const {
+    for_parts_of_layers(
+        io_.n_layers, kRows, [&](int64_t t) { return io_.layers[t].linear.n_samples; },
+        [&](int64_t t, int64_t begin, int64_t end) {
+          const StepLayer& layer = io_.layers[t];
+          fill_operand<Acc>(layer.linear, begin, end);
+          if (has_softmax(t)) {
+            judge_by_softmax(layer, begin, end);
+          } else {
+            judge_residual(t, dual, last, begin, end);
+          }
+          if (!last && layer.input_gradient.data != nullptr) {
+            input_gradient<Acc>(layer.linear, layer.io.delta, layer.io.q, Acc(1), layer.input_gradient, begin, end);
+          }
+          if (last && whole_layers_) {
+            update_parameters(t, 0, layer.linear.d_out);
+          }
+        });
+  }
+
+  void judge_residual(int64_t t, bool dual, bool last, int64_t begin, int64_t end) const {
+    const StepLayer& layer = io_.layers[t];
+    const HiddenLoss loss = t == io_.n_layers - 1 ? HiddenLoss{} : io_.hidden_loss; // the head's is squared error
+    LinearLayer l = layer.linear;
+    ResidualIo io = layer.io;
+    if (!dual) {
+      l.options.dual_step = 0;
+      io.new_multiplier = {};
+    }
+    if (!last) {
+      io.residual = {};
+    }
+    judge<Acc>(l, io, loss, begin, end, layer.tile_energy);
+  }
+
+  void judge_by_softmax(const StepLayer& layer, int64_t begin, int64_t end) const {
+    const Matrix &logits = io_.head.logits, &delta = layer.io.delta;
+    for_tiles_of_logits<Acc>(layer.linear, begin, end, [&](const Tile& tile, const auto& of_tile) {
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        Acc* row = row_pointer<Acc>(logits, tile.row + i) + tile.column;
+        for_vectors<Acc>(tile.columns, [&](int64_t j, int64_t n) { of_tile(i, j, n).store(row + j, n); });
+      }
+    });
+    const Acc one = 1;
+    int64_t no_bad_label = 0;
+    SoftmaxInfogainInput<Acc> rows = io_.head.rows;
+    rows.outer = end - begin;
+    rows.logits.data = row_pointer<Acc>(logits, begin);
+    rows.labels.data += begin * rows.labels.outer_stride;
+    rows.first_bad_label = &no_bad_label;
+    SoftmaxInfogainOutput<Acc> made;
+    made.loss = {io_.head.loss + begin, 1, 1};
+    made.grad = {row_pointer<Acc>(delta, begin), delta.dtype, delta.stride, 1, 1};
+    made.grad_loss = {&one, 0, 0};
+    softmax_infogain(rows, made);
+  }
+
+  // z -= step_size * dE/dz, or by way of its velocity.
+  void move_hidden() const {
+    for_parts_of_layers(
+        io_.n_layers - 1, kRows, [&](int64_t t) { return io_.hidden[t].n_samples; },
+        [&](int64_t t, int64_t begin, int64_t end) {
+          for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) { move_rows(io_.hidden[t], row, rows); });
+        });
+  }
+
+  void move_rows(const HiddenValue& hidden, int64_t first, int64_t rows) const {
+    using Vec = Vectorized<Acc>;
+    const Vec minus_step(static_cast<Acc>(-io_.step_size)), momentum(static_cast<Acc>(io_.momentum));
+    for_pieces(0, hidden.width, kPanel, [&](int64_t column, int64_t columns) {
+      const Tile tile{first, rows, column, columns};
+      const auto z = read_tile<Acc>(hidden.z, tile, Scratch::Target);
+      const auto velocity = read_tile<Acc>(hidden.velocity, tile, Scratch::Multiplier);
+      const OutputTile<Acc> new_z(hidden.z, tile, Scratch::Residual),
+          new_velocity(hidden.velocity, tile, Scratch::Delta);
+      for (int64_t i = 0; i < rows; ++i) {
+        const Acc *of_target = row_pointer<Acc>(hidden.q, first + i) + column,
+                  *of_input = row_pointer<Acc>(hidden.gradient, first + i) + column;
+        const Acc *z_row = z.row(i), *velocity_row = velocity.row(i);
+        Acc *new_z_row = new_z.view.row(i), *new_velocity_row = new_velocity.view.row(i);
+        for_vectors<Acc>(columns, [&](int64_t j, int64_t n) {
+          Vec v = Vec::loadu(of_target + j, n) + Vec::loadu(of_input + j, n);
+          if (velocity_row != nullptr) {
+            v = at::vec::fmadd(Vec::loadu(velocity_row + j, n), momentum, v);
+            v.store(new_velocity_row + j, n);
+          }
+          at::vec::fmadd(v, minus_step, Vec::loadu(z_row + j, n)).store(new_z_row + j, n);
+        });
+      }
+      new_z.finish();
+      new_velocity.finish();
+    });
+  }
+
+  // One step of the optimizer for outputs [begin, end) of a layer, from the mean gradient over the samples.
+  void update_parameters(int64_t t, int64_t begin, int64_t end) const {
+    const StepLayer& layer = io_.layers[t];
+    const LinearLayer& l = layer.linear;
+    const double per_sample = l.n_samples == 0 ? 0.0 : 1.0 / static_cast<double>(l.n_samples);
+    for_panels_of_outputs<Acc>(
+        l, layer.io.delta, true, begin, end, [&](int64_t first, int64_t count, const Acc* products, const Acc* sums) {
+          for (int64_t i = 0; i < count; ++i) {
+            update(
+                io_.update_rule, layer.weight, first + i, 0, l.d_in, products + i * l.d_in,
+                per_sample * l.options.branch_scale);
+          }
+          if (layer.bias.value.data != nullptr) {
+            update(io_.update_rule, layer.bias, 0, first, count, sums, per_sample);
+          }
+        });
+  }
+
+  const DecoupledStep<Acc>& io_;
+  const bool whole_layers_;
+};
+
+} // namespace
+
+void decoupled_step(const DecoupledStep<float>& io) {
+  Visit<float>(io).run();
+}
+void decoupled_step(const DecoupledStep<double>& io) {
+  Visit<double>(io).run();
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace lgd

@@ -1,0 +1,123 @@
+"""The state of a torch.optim optimizer as decoupled_step_ takes it: its buffers, which are made where torch.optim would
+make them, and the numbers of its next step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lgd_kernels.reference import UPDATE_RULES, UpdateNumbers
+
+_UNSUPPORTED = ("nesterov", "amsgrad", "maximize", "dampening")  # options that must be off
+
+
+class Buffers(NamedTuple):
+    """What an update rule keeps for some parameters, each in the parameter's shape; empty for what it does not."""
+
+    first: list[Tensor]
+    second: list[Tensor]
+
+
+class NextStep(NamedTuple):
+    """The next step of an optimizer for lists of parameters."""
+
+    rule: int  # a position in reference.UPDATE_RULES
+    buffers: list[Buffers]  # of every list
+    numbers: list[float]  # `UpdateNumbers`, parameter by parameter, list by list
+    counts: list[Tensor]  # Adam's numbers of steps, to be counted on once the step is made
+
+
+def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> NextStep:
+    """The next step for the parameters, all of which the optimizer must know. Without an optimizer the step is to put
+    the gradients in `.grad`.
+
+    Raises TypeError for an optimizer other than torch.optim's SGD, Adam and AdamW, ValueError for an option that is not
+    supported or a parameter that it does not know.
+    """
+    if optimizer is None:
+        gradients = [Buffers([_gradient_of(p) for p in of_list], []) for of_list in parameters]
+        numbers = [number for of_list in parameters for _ in of_list for number in UpdateNumbers()]
+        return NextStep(UPDATE_RULES.index("gradient"), gradients, numbers, [])
+    if type(optimizer) not in (SGD, Adam, AdamW):
+        raise TypeError(
+            f"optimizer: expected torch.optim's SGD, Adam or AdamW, got {type(optimizer).__name__}; for another one "
+            "leave it out, and call it on the gradients that are then put in .grad"
+        )
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    _check_options(optimizer)
+    if isinstance(optimizer, SGD):
+        return _step_of_sgd(optimizer, groups, parameters)
+    return _step_of_adam(optimizer, groups, parameters)
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None or gradient.shape != parameter.shape or gradient.dtype != parameter.dtype:
+        gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False)
+    return gradient
+
+
+def _check_options(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for option in _UNSUPPORTED:
+            if group.get(option):
+                raise ValueError(f"optimizer: {option}={group[option]} is not supported, only {option} off")
+
+
+def _group_of(parameter: Tensor, groups: dict[int, dict]) -> dict:
+    if id(parameter) not in groups:
+        raise ValueError(
+            f"optimizer: does not know a parameter of shape {tuple(parameter.shape)}; its param_groups must hold the "
+            "very tensors that weight and bias list"
+        )
+    return groups[id(parameter)]
+
+
+def _buffer(state: dict, name: str, parameter: Tensor) -> Tensor:
+    if state.get(name) is None:
+        state[name] = torch.zeros_like(parameter, requires_grad=False)
+    return state[name]
+
+
+def _step_of_sgd(optimizer: SGD, groups: dict[int, dict], parameters: list[list[Tensor]]) -> NextStep:
+    with_momentum = any(group["momentum"] != 0 for group in optimizer.param_groups)
+    buffers, numbers = [], []
+    for of_list in parameters:
+        first = []
+        for p in of_list:
+            group = _group_of(p, groups)
+            numbers += UpdateNumbers(float(group["lr"]), group["momentum"], l2=group["weight_decay"])
+            if with_momentum:
+                first.append(_buffer(optimizer.state[p], "momentum_buffer", p))
+        buffers.append(Buffers(first, []))
+    return NextStep(UPDATE_RULES.index("momentum" if with_momentum else "sgd"), buffers, numbers, [])
+
+
+def _step_of_adam(optimizer: Adam, groups: dict[int, dict], parameters: list[list[Tensor]]) -> NextStep:
+    buffers, numbers, counts = [], [], []
+    for of_list in parameters:
+        first, second = [], []
+        for p in of_list:
+            group, state = _group_of(p, groups), optimizer.state[p]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+            step, lr, (beta1, beta2) = float(state["step"]) + 1, float(group["lr"]), group["betas"]
+            beta1, beta2, decay = float(beta1), float(beta2), group["weight_decay"]
+            decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
+            numbers += UpdateNumbers(
+                lr=lr / (1 - beta1**step),
+                momentum=beta1,
+                second_momentum=beta2,
+                epsilon=group["eps"],
+                l2=0.0 if decoupled else decay,
+                decay=1 - lr * decay if decoupled else 1.0,
+                root=(1 - beta2**step) ** 0.5,
+            )
+            first.append(_buffer(state, "exp_avg", p))
+            second.append(_buffer(state, "exp_avg_sq", p))
+            counts.append(state["step"])
+        buffers.append(Buffers(first, second))
+    return NextStep(UPDATE_RULES.index("adam"), buffers, numbers, counts)

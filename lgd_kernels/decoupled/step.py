@@ -1,0 +1,344 @@
+"""One visit of a minibatch by layer-wise gradient decoupling, in place and in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lgd_kernels import ops
+from lgd_kernels.arguments import check_bool, check_int, check_number, one_of
+from lgd_kernels.decoupled.optimizer_state import next_step
+from lgd_kernels.infogain import Infogain, InfogainParts
+from lgd_kernels.losses.checks import (
+    activation_codes,
+    check_shape,
+    check_tensor,
+    hidden_loss_code,
+    layer_numbers,
+    weights_of_energy,
+)
+from lgd_kernels.losses.softmax_infogain import parts_for
+from lgd_kernels.reference import ACTIVATIONS, accumulation_dtype
+
+HEADS = ("softmax_infogain", "squared")
+_IDENTITY = ACTIVATIONS.index("identity")
+
+Stacks = Tensor | Sequence[Tensor]
+
+
+def decoupled_step_(
+    x: Tensor,
+    z: Stacks,
+    weight: Stacks,
+    bias: Stacks | None,
+    target: Tensor,
+    *,
+    step_size: float,
+    steps: int = 1,
+    multiplier: Stacks | None = None,
+    dual_step: float | None = None,
+    velocity: Stacks | None = None,
+    z_momentum: float = 0.0,
+    optimizer: Optimizer | None = None,
+    head: str = "softmax_infogain",
+    H: Infogain | None = None,
+    ignore_index: int = -100,
+    activation: str | Sequence[str] = "tanh",
+    preactivation: bool = False,
+    hidden_loss: str = "squared",
+    kappa: float = 1.0,
+    rho: float | Sequence[float] = 1.0,
+    skip: float | Sequence[float] = 0.0,
+    branch_scale: float | Sequence[float] = 1.0,
+    return_residual: bool = False,
+) -> Tensor | tuple[Tensor, list[Tensor]]:
+    """One visit of a minibatch: moves its hidden values z and multipliers, then the parameters, all of them in place.
+
+    A net of T layers, z_0 = x, and every sample has trainable values z_1 .. z_(T-1) of its own:
+
+        zhat_(t+1) = c z_t + f(a_t),   a_t = s phi(z_t) W_t^T + b_t            t = 0 .. T-1
+        E          = sum over samples of  L(target, zhat_T) + sum over t of  rho L_h(e_t) + <lambda_t, e_t>
+        e_t        = z_t - zhat_t
+
+    One visit is `steps` times, for all layers at once,
+
+        lambda_t += dual_step e_t   (except in the first of them)
+        z_t      -= step_size dE/dz_t
+
+    and then once more lambda_t += dual_step e_t (if steps > 0), and one step of the optimizer with the mean over the
+    samples of dE/dW_t and dE/db_t at the final z and lambda. With z_momentum, z_t -= step_size v_t where v_t =
+    z_momentum v_t + dE/dz_t. Without multipliers this is the method of auxiliary coordinates (Carreira-Perpinan & Wang
+    2014, arXiv:1212.5921), with them the method of multipliers (Taylor et al. 2016, arXiv:1605.02026).
+
+    Args:
+        x: (n, d_0); float64, float32, bfloat16 or float16; any strides.
+        z: the hidden values, (T-1, n, d), or where their widths differ a list of tensors (n, d_t), or (T_i, n, d) for
+            runs of equal width. Has the dtype of x. Small steps get lost in 16 bits.
+        weight: (T, d_out, d_in), or a list of tensors (d_out, d_in), or (T_i, d_out, d_in) for runs of equal layers;
+            float64 for float64 x, else float32.
+        bias: (T, d_out), or a list like that of the weights, of (d_out,) or (T_i, d_out); or None.
+        target: labels (n,), int64 or uint8, for the head "softmax_infogain"; (n, d_T) in the dtype of x for "squared".
+        step_size: of z; 1 / (the largest curvature of E in z) is stable, see `lgd_kernels.decoupled.largest_curvature`.
+        steps: of z in this visit; 0 moves only the parameters.
+        multiplier: lambda, like z; starts at 0 and belongs to the sample, like z. None: no multipliers.
+        dual_step: of the multipliers; at most rho is stable. None: half of the smallest rho.
+        velocity: v, like z; starts at 0. Needed where z_momentum is not 0.
+        z_momentum: in [0, 1).
+        optimizer: a torch.optim.SGD, Adam or AdamW that holds the very tensors of weight and bias. The step is fused
+            into the computation of the gradients; learning rate, buffers and everything else are the optimizer's own,
+            so that schedules and checkpoints work as ever. None: the gradients are put in `.grad`.
+        head: the loss of the last layer. "softmax_infogain": `softmax_infogain_loss` of its raw logits with H, summed.
+            "squared": half of the squared distance of its output to target.
+        H: an `Infogain`; None is cross entropy.
+        ignore_index: samples with this label have no loss at the head.
+        activation: a name as in `decoupled_linear_loss`, for all hidden layers; the first layer's phi (with
+            preactivation) and the last layer's f (without) are then the identity. Or a list of T names.
+        preactivation: whether the activation is phi, else it is f.
+        hidden_loss, kappa: L_h, as in `decoupled_linear_loss`.
+        rho: a number, or one for each of the T-1 hidden values.
+        skip: c, a number for all layers but the first and the last, which have none; or a list of T numbers.
+        branch_scale: s, a number, or a list of T.
+        return_residual: also return the final e_t.
+
+    Returns:
+        The energies of the T layers (T,) before the step of the parameters, in float64 for float64 and in float32
+        otherwise: sums over the samples; the last one is the loss. With return_residual also a list of e_t like z.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device, value or name; memory that two of
+            the tensors share. Nothing has been written then.
+        IndexError: a label that is neither a class nor ignore_index (CPU).
+    """
+    check_tensor("x", x, (2,))
+    weights, biases = _stacks("weight", weight, 2), [] if bias is None else _stacks("bias", bias, 1)
+    sizes = _check_net(x, weights, biases)
+    hidden = {
+        name: [] if stacks is None else _stacks(name, stacks, 2)
+        for name, stacks in (("z", z), ("multiplier", multiplier), ("velocity", velocity))
+    }
+    for name, stacks in hidden.items():
+        if stacks or name == "z":
+            _check_hidden(name, stacks, x, sizes)
+    squared = one_of("head", head, HEADS) == HEADS.index("squared")
+    labels, parts = _check_head(x, target, squared, H, sizes[-1])
+    _check_numbers(steps, step_size, z_momentum, dual_step, ignore_index)
+    check_bool("preactivation", preactivation)
+    check_bool("return_residual", return_residual)
+    if z_momentum != 0 and velocity is None:
+        raise ValueError(f"velocity: is needed for z_momentum {z_momentum}, got None")
+    T = len(sizes) - 1
+    rhos = weights_of_energy(rho, T - 1)
+    if dual_step is None:
+        dual_step = 0.5 * min(rhos, default=0.0)
+    options = (
+        _activations(activation, preactivation, T, free_last=squared),
+        preactivation,
+        hidden_loss_code(hidden_loss, kappa),
+        float(kappa),
+        [*rhos, 1.0],
+        _skips(skip, sizes),
+        layer_numbers("branch_scale", branch_scale, T),
+    )
+    _check_memory({"x": [x], "target": [target]}, hidden | {"weight": weights, "bias": biases})
+
+    with torch.no_grad():
+        given = [_listed(weight), [] if bias is None else _listed(bias)]
+        step = next_step(optimizer, given)
+        residual = [
+            torch.empty(stack.shape, dtype=x.dtype, device=x.device) for stack in hidden["z"] if return_residual
+        ]
+        of_weight, of_bias = (
+            [[_as_stack(b, dim) for b in of_list] for of_list in buffers]
+            for buffers, dim in zip(step.buffers, (2, 1), strict=True)
+        )
+        changed = [weights, *of_weight, biases, *of_bias]
+        energies = ops.decoupled_step_(
+            *(x, *hidden.values(), residual, *changed, labels, *parts, ignore_index, squared, *options),
+            *(steps, step_size, z_momentum, dual_step, step.rule, step.numbers),
+        )
+        for count in step.counts:
+            count += 1
+    torch.autograd.graph.increment_version(tensor for stacks in (*hidden.values(), *changed) for tensor in stacks)
+    return (energies, residual) if return_residual else energies
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists of layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _listed(stacks: Stacks) -> list[Tensor]:
+    return [stacks] if isinstance(stacks, Tensor) else list(stacks)
+
+
+def _as_stack(tensor: Tensor, dim: int) -> Tensor:
+    """A stack of layers of `dim` dimensions; of one layer, if the tensor is that."""
+    return tensor.unsqueeze(0) if tensor.dim() == dim else tensor
+
+
+def _stacks(name: str, value: Stacks, dim: int) -> list[Tensor]:
+    """The argument as a list of stacks of layers of `dim` dimensions."""
+    if not isinstance(value, (Tensor, list, tuple)):
+        raise TypeError(f"{name}: expected a torch.Tensor or a list of them, got {type(value).__name__}")
+    if isinstance(value, Tensor) and value.dim() != dim + 1:
+        raise ValueError(f"{name}: expected {dim + 1} dimensions, got {value.dim()} (shape {tuple(value.shape)})")
+    for i, tensor in enumerate(_listed(value)):
+        check_tensor(name if isinstance(value, Tensor) else f"{name}[{i}]", tensor, (dim, dim + 1))
+        if tensor.dim() == dim + 1 and len(tensor) > 1 and 0 in tensor.stride():
+            raise ValueError(f"{name}: several of its elements lie in one place of memory (strides {tensor.stride()})")
+    return [_as_stack(tensor, dim) for tensor in _listed(value)]
+
+
+def _check_alike(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+    """tensor is on the device of x and has this dtype."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: is on {tensor.device}, but x is on {x.device}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: has dtype {tensor.dtype}, expected {dtype} for x of dtype {x.dtype}")
+
+
+def _check_layers(name: str, stacks: list[Tensor], shapes: list[tuple[int, ...]], because: str) -> None:
+    """The layers of the stacks have these shapes."""
+    layers = [tuple(stack.shape[1:]) for stack in stacks for _ in range(len(stack))]
+    if len(layers) != len(shapes):
+        raise ValueError(f"{name}: has {len(layers)} layers, but {because} there must be {len(shapes)}")
+    for t, (shape, expected) in enumerate(zip(layers, shapes, strict=True)):
+        if shape != expected:
+            raise ValueError(f"{name}: layer {t} has shape {shape}, but {because} it must be {expected}")
+
+
+def _check_net(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[int]:
+    """The widths d_0 .. d_T of the net."""
+    sizes, dtype = [x.shape[1]], accumulation_dtype(x.dtype)
+    for stack in weights:
+        _check_alike("weight", stack, x, dtype)
+        for _ in range(len(stack)):
+            if stack.shape[2] != sizes[-1]:
+                below = f"layer {len(sizes) - 2} has d_out" if len(sizes) > 1 else "x has"
+                raise ValueError(
+                    f"weight: layer {len(sizes) - 1} has d_in {stack.shape[2]} (shape {tuple(stack.shape[1:])}), but "
+                    f"{below} {sizes[-1]}"
+                )
+            sizes.append(stack.shape[1])
+    if len(sizes) == 1:
+        raise ValueError("weight: expected at least 1 layer, got none")
+    for stack in biases:
+        _check_alike("bias", stack, x, dtype)
+    if biases:
+        _check_layers("bias", biases, [(d,) for d in sizes[1:]], "for the layers of weight")
+    return sizes
+
+
+def _check_hidden(name: str, stacks: list[Tensor], x: Tensor, sizes: list[int]) -> None:
+    for stack in stacks:
+        _check_alike(name, stack, x, x.dtype)
+    shapes = [(len(x), d) for d in sizes[1:-1]]
+    _check_layers(name, stacks, shapes, f"for x of shape {tuple(x.shape)} and {len(sizes) - 1} layers of weight")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Target and options
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_head(
+    x: Tensor, target: Tensor, squared: bool, H: Infogain | None, n_outputs: int
+) -> tuple[Tensor, InfogainParts]:
+    """(the target as the op takes it, the parts of H)."""
+    if squared:
+        if H is not None:
+            raise ValueError(f"H: {H!r} needs head='softmax_infogain', got head='squared'")
+        check_tensor("target", target, (2,))
+        _check_alike("target", target, x, x.dtype)
+        check_shape("target", target, (len(x), n_outputs), f"for x of shape {tuple(x.shape)}")
+        return target, InfogainParts()
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target: dtype must be int64 or uint8 for head='softmax_infogain', got {target.dtype}")
+    check_shape("target", target, (len(x),), f"for x of shape {tuple(x.shape)}")
+    if target.device != x.device:
+        raise ValueError(f"target: is on {target.device}, but x is on {x.device}")
+    return target.to(torch.int64), parts_for(H, x.device, n_outputs, f"the last layer has {n_outputs} outputs")
+
+
+def _check_numbers(steps: int, step_size: float, z_momentum: float, dual_step: float | None, ignore_index: int) -> None:
+    check_int("steps", steps)
+    check_int("ignore_index", ignore_index)
+    numbers = {"steps": steps, "step_size": step_size, "z_momentum": z_momentum, "dual_step": dual_step}
+    for name, number in numbers.items():
+        if number is not None:
+            check_number(name, number)
+            if number < 0:
+                raise ValueError(f"{name}: must not be negative, got {number}")
+    if z_momentum >= 1:
+        raise ValueError(f"z_momentum: must be less than 1, got {z_momentum}")
+
+
+def _activations(activation: str | Sequence[str], preactivation: bool, T: int, free_last: bool) -> list[int]:
+    """The codes of the layers' activations. A single name leaves out the net's input and its output."""
+    codes = activation_codes(activation, T)
+    if isinstance(activation, str):
+        codes[0 if preactivation else -1] = _IDENTITY
+    if not (free_last or preactivation) and codes[-1] != _IDENTITY:
+        raise ValueError(
+            f"activation: the last layer's must be 'identity' for head='softmax_infogain', which takes raw logits, got "
+            f"{activation[-1]!r}"
+        )
+    return codes
+
+
+def _skips(skip: float | Sequence[float], sizes: list[int]) -> list[float]:
+    """The skip coefficients of all layers. A single number leaves out the first and the last layer."""
+    T = len(sizes) - 1
+    numbers = layer_numbers("skip", skip, T)
+    if not isinstance(skip, (list, tuple)):
+        numbers[0] = numbers[-1] = 0.0
+    for t, c in enumerate(numbers):
+        if c != 0 and sizes[t] != sizes[t + 1]:
+            raise ValueError(
+                f"skip: is {c} for layer {t}, which needs d_in == d_out, got {sizes[t]} and {sizes[t + 1]}"
+            )
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_memory(read: dict[str, list[Tensor]], written: dict[str, list[Tensor]]) -> None:
+    """Nothing that is written shares memory with anything else."""
+    by_storage: dict[int, list[tuple[str, Tensor, bool]]] = {}
+    for tensors, is_written in ((read, False), (written, True)):
+        for name, of_name in tensors.items():
+            for tensor in of_name:
+                if tensor.numel():
+                    place = tensor.untyped_storage().data_ptr()
+                    by_storage.setdefault(place, []).append((name, tensor, is_written))
+    for neighbours in by_storage.values():
+        for i, (name, a, a_written) in enumerate(neighbours):
+            for other, b, b_written in neighbours[:i]:
+                if (a_written or b_written) and _overlap(a, b):
+                    raise ValueError(f"{name}: shares memory with {other}, and decoupled_step_ writes in place")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common."""
+    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
+    if a_end <= b_begin or b_end <= a_begin:
+        return False
+    places = torch.arange(max(a_end, b_end))  # interleaved, perhaps
+    of_a = places.as_strided(a.shape, a.stride(), a.storage_offset()).reshape(-1)
+    of_b = places.as_strided(b.shape, b.stride(), b.storage_offset()).reshape(-1)
+    return bool(torch.isin(of_a, of_b).any())
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The elements of its storage from the first to the one after the last."""
+    begin = tensor.storage_offset()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + last + 1
