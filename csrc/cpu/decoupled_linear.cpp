@@ -60,7 +60,15 @@ void backward(const DecoupledLinearBackward<Acc>& io) {
         }
         if (layer.grad_z.data != nullptr) {
           const Acc upstream = static_cast<Acc>(layer.upstream);
-          input_gradient<Acc>(layer.linear, layer.delta, layer.q, upstream, layer.grad_z, begin, end);
+          for_tiles_of_input_gradient<Acc>(
+              layer.linear, layer.delta, layer.q, upstream, begin, end, [&](const Tile& tile, const auto& gradient) {
+                const OutputTile<Acc> target(layer.grad_z, tile, Scratch::Residual);
+                for (int64_t i = 0; i < tile.rows; ++i) {
+                  Acc* row = target.view.row(i);
+                  for_vectors<Acc>(tile.columns, [&](int64_t j, int64_t n) { gradient(i, j, n).store(row + j, n); });
+                }
+                target.finish();
+              });
         }
         if (whole_layers && wants_parameters(t)) { // while delta is in cache
           parameter_gradients<Acc>(layer, 0, layer.linear.d_out);

@@ -81,7 +81,7 @@ class Visit {
     return sum;
   }
 
-  // Judge all layers at the present z, and carry on what follows: to z, or in the last sweep to the parameters.
+  // Judge all layers at the present z, in the last sweep with the step of the parameters.
   void sweep(bool dual, bool last) const {
     for_parts_of_layers(
         io_.n_layers, kRows, [&](int64_t t) { return io_.layers[t].linear.n_samples; },
@@ -92,9 +92,6 @@ class Visit {
             judge_by_softmax(layer, begin, end);
           } else {
             judge_residual(t, dual, last, begin, end);
-          }
-          if (!last && layer.input_gradient.data != nullptr) {
-            input_gradient<Acc>(layer.linear, layer.io.delta, layer.io.q, Acc(1), layer.input_gradient, begin, end);
           }
           if (last && whole_layers_) {
             update_parameters(t, 0, layer.linear.d_out);
@@ -139,41 +136,41 @@ class Visit {
     softmax_infogain(rows, made);
   }
 
-  // z -= step_size * dE/dz, or by way of its velocity.
+  // z -= step_size * dE/dz, or by way of its velocity. Nobody but the layer itself reads its z now.
   void move_hidden() const {
     for_parts_of_layers(
-        io_.n_layers - 1, kRows, [&](int64_t t) { return io_.hidden[t].n_samples; },
+        io_.n_layers - 1, kRows, [&](int64_t t) { return io_.layers[t + 1].linear.n_samples; },
         [&](int64_t t, int64_t begin, int64_t end) {
-          for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) { move_rows(io_.hidden[t], row, rows); });
+          const StepLayer& layer = io_.layers[t + 1];
+          for_tiles_of_input_gradient<Acc>(
+              layer.linear, layer.io.delta, layer.io.q, Acc(1), begin, end,
+              [&](const Tile& tile, const auto& gradient) { move_tile(layer, tile, gradient); });
         });
   }
 
-  void move_rows(const HiddenValue& hidden, int64_t first, int64_t rows) const {
+  template <typename Gradient>
+  void move_tile(const StepLayer& layer, const Tile& tile, const Gradient& gradient) const {
     using Vec = Vectorized<Acc>;
     const Vec minus_step(static_cast<Acc>(-io_.step_size)), momentum(static_cast<Acc>(io_.momentum));
-    for_pieces(0, hidden.width, kPanel, [&](int64_t column, int64_t columns) {
-      const Tile tile{first, rows, column, columns};
-      const auto z = read_tile<Acc>(hidden.z, tile, Scratch::Target);
-      const auto velocity = read_tile<Acc>(hidden.velocity, tile, Scratch::Multiplier);
-      const OutputTile<Acc> new_z(hidden.z, tile, Scratch::Residual),
-          new_velocity(hidden.velocity, tile, Scratch::Delta);
-      for (int64_t i = 0; i < rows; ++i) {
-        const Acc *of_target = row_pointer<Acc>(hidden.q, first + i) + column,
-                  *of_input = row_pointer<Acc>(hidden.gradient, first + i) + column;
-        const Acc *z_row = z.row(i), *velocity_row = velocity.row(i);
-        Acc *new_z_row = new_z.view.row(i), *new_velocity_row = new_velocity.view.row(i);
-        for_vectors<Acc>(columns, [&](int64_t j, int64_t n) {
-          Vec v = Vec::loadu(of_target + j, n) + Vec::loadu(of_input + j, n);
-          if (velocity_row != nullptr) {
-            v = at::vec::fmadd(Vec::loadu(velocity_row + j, n), momentum, v);
-            v.store(new_velocity_row + j, n);
-          }
-          at::vec::fmadd(v, minus_step, Vec::loadu(z_row + j, n)).store(new_z_row + j, n);
-        });
-      }
-      new_z.finish();
-      new_velocity.finish();
-    });
+    const auto of_target = read_tile<Acc>(layer.q_of_input, tile, Scratch::Target);
+    const auto z = read_tile<Acc>(layer.linear.z, tile, Scratch::SkipInput);
+    const auto velocity = read_tile<Acc>(layer.velocity, tile, Scratch::Multiplier);
+    const OutputTile<Acc> new_z(layer.linear.z, tile, Scratch::Residual),
+        new_velocity(layer.velocity, tile, Scratch::Delta);
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const Acc *q_row = of_target.row(i), *z_row = z.row(i), *velocity_row = velocity.row(i);
+      Acc *new_z_row = new_z.view.row(i), *new_velocity_row = new_velocity.view.row(i);
+      for_vectors<Acc>(tile.columns, [&](int64_t j, int64_t n) {
+        Vec v = Vec::loadu(q_row + j, n) + gradient(i, j, n);
+        if (velocity_row != nullptr) {
+          v = at::vec::fmadd(Vec::loadu(velocity_row + j, n), momentum, v);
+          v.store(new_velocity_row + j, n);
+        }
+        at::vec::fmadd(v, minus_step, Vec::loadu(z_row + j, n)).store(new_z_row + j, n);
+      });
+    }
+    new_z.finish();
+    new_velocity.finish();
   }
 
   // One step of the optimizer for outputs [begin, end) of a layer, from the mean gradient over the samples.

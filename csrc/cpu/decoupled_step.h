@@ -22,16 +22,10 @@ struct Parameter {
 struct StepLayer {
   LinearLayer linear;            // with the dual step of the target's multiplier
   ResidualIo io;                 // new_multiplier: where it has one; residual: where it is wanted
-  Matrix input_gradient;         // working space, (n, d_in), in Acc; absent for the first layer
+  Matrix q_of_input;             // the io.q of the layer below, in Acc; absent for the first layer
+  Matrix velocity;               // of z, (n, d_in); absent if there is none
   Parameter weight, bias;        // bias.value is absent if there is none
   double* tile_energy = nullptr; // working space
-};
-
-// A trainable row for every sample.
-struct HiddenValue {
-  int64_t n_samples = 0, width = 0;
-  Matrix z, velocity; // (n, d); velocity is absent if there is none
-  Matrix q, gradient; // (n, d), in Acc: from the layer below, and from the one above
 };
 
 // What the last layer's raw logits are judged by: softmax_infogain, or as a residual if `logits` is absent.
@@ -46,7 +40,6 @@ template <typename Acc>
 struct DecoupledStep {
   const StepLayer* layers = nullptr;
   int64_t n_layers = 0;
-  const HiddenValue* hidden = nullptr; // n_layers - 1 of them
   HiddenLoss hidden_loss;
   Head<Acc> head;
   int64_t update_rule = 0; // a position in lgd_kernels.reference.UPDATE_RULES

@@ -38,43 +38,9 @@ void judge(
   });
 }
 
-template <typename Acc>
-void input_gradient(
-    const LinearLayer& l, const Matrix& delta, const Matrix& q, Acc factor, const Matrix& target, int64_t begin,
-    int64_t end) {
-  using Vec = Vectorized<Acc>;
-  Acc* product = scratch_of<Acc>(Scratch::Logits, kRows * kPanel); // (kRows, kPanel)
-  const Vec scale(factor * static_cast<Acc>(l.options.branch_scale)),
-      minus_skip(-factor * static_cast<Acc>(l.options.skip));
-  for_pieces(0, l.d_in, kPanel, [&](int64_t first, int64_t inputs) {
-    for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
-      const Tile tile{row, rows, first, inputs};
-      multiply_tile(
-          rows, inputs, l.d_out, row_pointer<Acc>(delta, row), delta.stride, row_pointer<Acc>(l.weight, 0) + first,
-          l.weight.stride, product, kPanel, false);
-      const auto z = read_tile<Acc>(l.z, tile, Scratch::SkipInput);
-      const auto of_target = read_tile<Acc>(l.options.skip == 0 ? Matrix{} : q, tile, Scratch::Q);
-      const OutputTile<Acc> gradient(target, tile, Scratch::Residual);
-      with_activation(phi_of(l), [&](auto phi) {
-        for (int64_t i = 0; i < rows; ++i) {
-          const Acc *of_row = product + i * kPanel, *z_row = z.row(i), *q_row = of_target.row(i);
-          Acc* out = gradient.view.row(i);
-          for_vectors<Acc>(inputs, [&](int64_t j, int64_t n) {
-            const Vec v = Vec::loadu(of_row + j, n) * scale * decltype(phi)::at(Vec::loadu(z_row + j, n)).slope;
-            (q_row == nullptr ? v : at::vec::fmadd(Vec::loadu(q_row + j, n), minus_skip, v)).store(out + j, n);
-          });
-        }
-      });
-      gradient.finish();
-    });
-  });
-}
-
-#define LGD_INSTANTIATE(Acc)                                                                                     \
-  template void fill_operand<Acc>(const LinearLayer&, int64_t, int64_t);                                         \
-  template void judge<Acc>(const LinearLayer&, const ResidualIo&, const HiddenLoss&, int64_t, int64_t, double*); \
-  template void input_gradient<Acc>(                                                                             \
-      const LinearLayer&, const Matrix&, const Matrix&, Acc, const Matrix&, int64_t, int64_t);
+#define LGD_INSTANTIATE(Acc)                                             \
+  template void fill_operand<Acc>(const LinearLayer&, int64_t, int64_t); \
+  template void judge<Acc>(const LinearLayer&, const ResidualIo&, const HiddenLoss&, int64_t, int64_t, double*);
 
 LGD_INSTANTIATE(float)
 LGD_INSTANTIATE(double)

@@ -180,7 +180,6 @@ class Step {
     DecoupledStep<Acc> io;
     io.layers = layers_.data();
     io.n_layers = n_layers_;
-    io.hidden = hidden_.data();
     io.hidden_loss = {a_.hidden_loss, a_.kappa};
     io.update_rule = a_.update_rule;
     io.head = head(loss);
@@ -258,7 +257,6 @@ class Step {
   void make_layers() {
     const int64_t n = a_.x.size(0);
     layers_.assign(n_layers_, {});
-    hidden_.assign(n_layers_ - 1, {});
     Matrix z = x_.stack.layer(0);
     for (int64_t t = 0; t < n_layers_; ++t) {
       StepLayer& layer = layers_[t];
@@ -275,8 +273,8 @@ class Step {
       layer.io.q = workspace_.matrix(n, d_out);
       layer.tile_energy = tile_energies(t, energy_tiles(n, d_out));
       if (t > 0) {
-        layer.input_gradient = workspace_.matrix(n, d_in);
-        hidden_[t - 1] = {n, d_in, z, velocity_[t - 1], layers_[t - 1].io.q, layer.input_gradient};
+        layer.q_of_input = layers_[t - 1].io.q;
+        layer.velocity = velocity_[t - 1];
       }
       if (t < n_layers_ - 1) {
         z = z_[t];
@@ -325,7 +323,6 @@ class Step {
   const Infogain<Acc> infogain_;
   Workspace<Acc> workspace_;
   std::vector<StepLayer> layers_;
-  std::vector<HiddenValue> hidden_;
   std::vector<std::vector<double>> tile_energy_;
   StackInput target_;
   at::Tensor logits_;
