@@ -48,22 +48,29 @@ void update(
   });
 }
 
+constexpr int64_t kSweepRows = 256; // samples that go through some layers together: of a copy of W^T for them, and
+                                    // small enough that a layer's delta and q wait for its gradient in an L2 cache
+
+// Consecutive layers that one thread takes.
+struct Chunk {
+  int64_t first, end;
+};
+
 template <typename Acc>
 class Visit {
  public:
-  explicit Visit(const DecoupledStep<Acc>& io) : io_(io), whole_layers_(parts_of_layer(io.n_layers) == 1) {}
+  explicit Visit(const DecoupledStep<Acc>& io)
+      : io_(io),
+        n_samples_(io.layers[0].linear.n_samples),
+        n_ranges_(tiles_of(n_samples_, kSweepRows)),
+        chunk_size_(tiles_of(io.n_layers, num_threads() == 1 ? 1 : tiles_of(4 * num_threads(), n_ranges_ + 1))),
+        whole_layers_(parts_of_layer(io.n_layers) == 1) {}
 
   void run() const {
     for (int64_t k = 0; k < io_.steps; ++k) {
-      sweep(k > 0, false);
-      move_hidden();
+      move_hidden(k > 0);
     }
-    sweep(io_.steps > 0, true);
-    if (!whole_layers_) {
-      for_parts_of_layers(
-          io_.n_layers, kPanel, [&](int64_t t) { return io_.layers[t].linear.d_out; },
-          [&](int64_t t, int64_t begin, int64_t end) { update_parameters(t, begin, end); });
-    }
+    move_parameters(io_.steps > 0);
     for (int64_t t = 0; t < io_.n_layers; ++t) {
       io_.energy[t] = static_cast<Acc>(
           has_softmax(t) ? sum_of_losses() : energy_of_tiles(io_.layers[t].linear, io_.layers[t].tile_energy));
@@ -75,84 +82,74 @@ class Visit {
 
   double sum_of_losses() const {
     double sum = 0;
-    for (int64_t i = 0; i < io_.layers[io_.n_layers - 1].linear.n_samples; ++i) {
+    for (int64_t i = 0; i < n_samples_; ++i) {
       sum += static_cast<double>(io_.head.loss[i]);
     }
     return sum;
   }
 
-  // Judge all layers at the present z, in the last sweep with the step of the parameters.
-  void sweep(bool dual, bool last) const {
-    for_parts_of_layers(
-        io_.n_layers, kRows, [&](int64_t t) { return io_.layers[t].linear.n_samples; },
-        [&](int64_t t, int64_t begin, int64_t end) {
-          const StepLayer& layer = io_.layers[t];
-          fill_operand<Acc>(layer.linear, begin, end);
-          if (has_softmax(t)) {
-            judge_by_softmax(layer, begin, end);
-          } else {
-            judge_residual(t, dual, last, begin, end);
-          }
-          if (last && whole_layers_) {
-            update_parameters(t, 0, layer.linear.d_out);
-          }
-        });
-  }
+  // -------------------------------------------------------------------------------------------------------------------
+  // A step of z
+  // -------------------------------------------------------------------------------------------------------------------
 
-  void judge_residual(int64_t t, bool dual, bool last, int64_t begin, int64_t end) const {
-    const StepLayer& layer = io_.layers[t];
-    const HiddenLoss loss = t == io_.n_layers - 1 ? HiddenLoss{} : io_.hidden_loss; // the head's is squared error
-    LinearLayer l = layer.linear;
-    ResidualIo io = layer.io;
-    if (!dual) {
-      l.options.dual_step = 0;
-      io.new_multiplier = {};
-    }
-    if (!last) {
-      io.residual = {};
-    }
-    judge<Acc>(l, io, loss, begin, end, layer.tile_energy);
-  }
-
-  void judge_by_softmax(const StepLayer& layer, int64_t begin, int64_t end) const {
-    const Matrix &logits = io_.head.logits, &delta = layer.io.delta;
-    for_tiles_of_logits<Acc>(layer.linear, begin, end, [&](const Tile& tile, const auto& of_tile) {
-      for (int64_t i = 0; i < tile.rows; ++i) {
-        Acc* row = row_pointer<Acc>(logits, tile.row + i) + tile.column;
-        for_vectors<Acc>(tile.columns, [&](int64_t j, int64_t n) { of_tile(i, j, n).store(row + j, n); });
+  // Judge all layers at the present z, and move every z. z_t is read by layer t - 1, whose target it is, and by layer
+  // t: so it may move as soon as both are judged, while delta and q are in cache. Only where a chunk starts it has to
+  // wait for the chunk below.
+  void move_hidden(bool dual) const {
+    const int64_t chunks = tiles_of(io_.n_layers, chunk_size_);
+    parallel_for(0, chunks * n_ranges_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t begin = i % n_ranges_ * kSweepRows, layer = i / n_ranges_ * chunk_size_;
+        sweep(
+            {layer, at_most(layer + chunk_size_, io_.n_layers)}, begin, at_most(begin + kSweepRows, n_samples_), dual);
       }
+      release_multiplier();
     });
-    const Acc one = 1;
-    int64_t no_bad_label = 0;
-    SoftmaxInfogainInput<Acc> rows = io_.head.rows;
-    rows.outer = end - begin;
-    rows.logits.data = row_pointer<Acc>(logits, begin);
-    rows.labels.data += begin * rows.labels.outer_stride;
-    rows.first_bad_label = &no_bad_label;
-    SoftmaxInfogainOutput<Acc> made;
-    made.loss = {io_.head.loss + begin, 1, 1};
-    made.grad = {row_pointer<Acc>(delta, begin), delta.dtype, delta.stride, 1, 1};
-    made.grad_loss = {&one, 0, 0};
-    softmax_infogain(rows, made);
+    for_parts_of_layers(
+        chunks - 1, kRows, [&](int64_t) { return n_samples_; },
+        [&](int64_t c, int64_t begin, int64_t end) {
+          const StepLayer& layer = io_.layers[(c + 1) * chunk_size_];
+          move_input(layer, layer.io, layer.q_of_input, begin, end);
+        });
   }
 
-  // z -= step_size * dE/dz, or by way of its velocity. Nobody but the layer itself reads its z now.
-  void move_hidden() const {
-    for_parts_of_layers(
-        io_.n_layers - 1, kRows, [&](int64_t t) { return io_.layers[t + 1].linear.n_samples; },
-        [&](int64_t t, int64_t begin, int64_t end) {
-          const StepLayer& layer = io_.layers[t + 1];
-          for_tiles_of_input_gradient<Acc>(
-              layer.linear, layer.io.delta, layer.io.q, Acc(1), begin, end,
-              [&](const Tile& tile, const auto& gradient) { move_tile(layer, tile, gradient); });
-        });
+  // The layers of a chunk for samples [begin, end), one after the other.
+  void sweep(const Chunk& chunk, int64_t begin, int64_t end, bool dual) const {
+    Matrix q_of_input;
+    for (int64_t t = chunk.first; t < chunk.end; ++t) {
+      const StepLayer& layer = io_.layers[t];
+      const int64_t width = layer.linear.d_out;
+      ResidualIo io = layer.io;
+      io.residual = {};
+      if (t > chunk.first) { // all is used up here: nothing has to leave the cache
+        io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, width);
+        io.q = t + 1 == chunk.end ? io.q : rows_in_scratch(t % 2 ? Scratch::OddQ : Scratch::EvenQ, begin, end, width);
+      }
+      judge_layer(t, io, dual, begin, end);
+      if (t > chunk.first) {
+        move_input(layer, io, q_of_input, begin, end);
+      }
+      q_of_input = io.q;
+    }
+  }
+
+  static Matrix rows_in_scratch(Scratch slot, int64_t begin, int64_t end, int64_t width) {
+    return {scratch_of<Acc>(slot, (end - begin) * width) - begin * width, dtype_of<Acc>(), width};
+  }
+
+  // z -= step_size * dE/dz, or by way of its velocity.
+  void move_input(
+      const StepLayer& layer, const ResidualIo& io, const Matrix& q_of_input, int64_t begin, int64_t end) const {
+    for_tiles_of_input_gradient<Acc>(
+        layer.linear, io.delta, io.q, Acc(1), begin, end,
+        [&](const Tile& tile, const auto& gradient) { move_tile(layer, q_of_input, tile, gradient); });
   }
 
   template <typename Gradient>
-  void move_tile(const StepLayer& layer, const Tile& tile, const Gradient& gradient) const {
+  void move_tile(const StepLayer& layer, const Matrix& q_of_input, const Tile& tile, const Gradient& gradient) const {
     using Vec = Vectorized<Acc>;
     const Vec minus_step(static_cast<Acc>(-io_.step_size)), momentum(static_cast<Acc>(io_.momentum));
-    const auto of_target = read_tile<Acc>(layer.q_of_input, tile, Scratch::Target);
+    const auto of_target = read_tile<Acc>(q_of_input, tile, Scratch::Target);
     const auto z = read_tile<Acc>(layer.linear.z, tile, Scratch::SkipInput);
     const auto velocity = read_tile<Acc>(layer.velocity, tile, Scratch::Multiplier);
     const OutputTile<Acc> new_z(layer.linear.z, tile, Scratch::Residual),
@@ -173,13 +170,41 @@ class Visit {
     new_velocity.finish();
   }
 
+  // -------------------------------------------------------------------------------------------------------------------
+  // The step of the parameters
+  // -------------------------------------------------------------------------------------------------------------------
+
+  // Judge all layers at the final z, each with the step of its own parameters, which nobody else reads.
+  void move_parameters(bool dual) const {
+    for_parts_of_layers(
+        io_.n_layers, kRows, [&](int64_t) { return n_samples_; },
+        [&](int64_t t, int64_t begin, int64_t end) {
+          ResidualIo io = io_.layers[t].io;
+          if (io_.layers[t].linear.options.skip == 0) {
+            io.q = {};
+          }
+          if (whole_layers_ && n_ranges_ == 1) {
+            io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, io_.layers[t].linear.d_out);
+          }
+          judge_layer(t, io, dual, begin, end);
+          if (whole_layers_) {
+            update_parameters(t, io.delta, 0, io_.layers[t].linear.d_out);
+          }
+        });
+    if (!whole_layers_) {
+      for_parts_of_layers(
+          io_.n_layers, kPanel, [&](int64_t t) { return io_.layers[t].linear.d_out; },
+          [&](int64_t t, int64_t begin, int64_t end) { update_parameters(t, io_.layers[t].io.delta, begin, end); });
+    }
+  }
+
   // One step of the optimizer for outputs [begin, end) of a layer, from the mean gradient over the samples.
-  void update_parameters(int64_t t, int64_t begin, int64_t end) const {
+  void update_parameters(int64_t t, const Matrix& delta, int64_t begin, int64_t end) const {
     const StepLayer& layer = io_.layers[t];
     const LinearLayer& l = layer.linear;
     const double per_sample = l.n_samples == 0 ? 0.0 : 1.0 / static_cast<double>(l.n_samples);
     for_panels_of_outputs<Acc>(
-        l, layer.io.delta, true, begin, end, [&](int64_t first, int64_t count, const Acc* products, const Acc* sums) {
+        l, delta, true, begin, end, [&](int64_t first, int64_t count, const Acc* products, const Acc* sums) {
           for (int64_t i = 0; i < count; ++i) {
             update(
                 io_.update_rule, layer.weight, first + i, 0, l.d_in, products + i * l.d_in,
@@ -191,7 +216,49 @@ class Visit {
         });
   }
 
+  // -------------------------------------------------------------------------------------------------------------------
+  // One layer, samples [begin, end)
+  // -------------------------------------------------------------------------------------------------------------------
+
+  void judge_layer(int64_t t, ResidualIo io, bool dual, int64_t begin, int64_t end) const {
+    LinearLayer l = io_.layers[t].linear;
+    fill_operand<Acc>(l, begin, end);
+    if (has_softmax(t)) {
+      judge_by_softmax(l, io.delta, begin, end);
+      return;
+    }
+    if (!dual) {
+      l.options.dual_step = 0;
+      io.new_multiplier = {};
+    }
+    const HiddenLoss loss = t == io_.n_layers - 1 ? HiddenLoss{} : io_.hidden_loss; // the head's is squared error
+    judge<Acc>(l, io, loss, begin, end, io_.layers[t].tile_energy);
+  }
+
+  void judge_by_softmax(const LinearLayer& l, const Matrix& delta, int64_t begin, int64_t end) const {
+    const Matrix& logits = io_.head.logits;
+    for_tiles_of_logits<Acc>(l, begin, end, [&](const Tile& tile, const auto& of_tile) {
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        Acc* row = row_pointer<Acc>(logits, tile.row + i) + tile.column;
+        for_vectors<Acc>(tile.columns, [&](int64_t j, int64_t n) { of_tile(i, j, n).store(row + j, n); });
+      }
+    });
+    const Acc one = 1;
+    int64_t no_bad_label = 0;
+    SoftmaxInfogainInput<Acc> rows = io_.head.rows;
+    rows.outer = end - begin;
+    rows.logits.data = row_pointer<Acc>(logits, begin);
+    rows.labels.data += begin * rows.labels.outer_stride;
+    rows.first_bad_label = &no_bad_label;
+    SoftmaxInfogainOutput<Acc> made;
+    made.loss = {io_.head.loss + begin, 1, 1};
+    made.grad = {row_pointer<Acc>(delta, begin), delta.dtype, delta.stride, 1, 1};
+    made.grad_loss = {&one, 0, 0};
+    softmax_infogain(rows, made);
+  }
+
   const DecoupledStep<Acc>& io_;
+  const int64_t n_samples_, n_ranges_, chunk_size_; // ranges of kSweepRows samples; layers of a chunk
   const bool whole_layers_;
 };
 

@@ -29,6 +29,9 @@ enum class Scratch : int {
   Residual,
   Delta,
   Q,
+  LayerDelta,
+  EvenQ,
+  OddQ,
   Count
 };
 void* scratch(Scratch slot, size_t bytes);
