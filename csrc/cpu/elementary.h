@@ -24,7 +24,7 @@ struct Elementary<at::vec::Vectorized<T>> {
   static Vec sqrt(Vec x) { return x.sqrt(); }
   static Vec not_below(Vec x, Vec low) { return at::vec::clamp_min(x, low); }
   static Vec not_above(Vec x, Vec high) { return at::vec::clamp_max(x, high); }
-  static Vec where_positive(Vec x, Vec a, Vec b) { return Vec::blendv(Vec::blendv(b, a, x > Vec(T(0))), x, x != x); }
+  static Vec where_positive(Vec x, Vec a, Vec b) { return where_nan(x, x, where_less(Vec(T(0)), x, a, b)); }
 };
 
 } // namespace CPU_CAPABILITY

@@ -131,27 +131,58 @@ inline T max_of_lanes(Vectorized<T> lanes) {
   return at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return at::vec::clamp_min(a, b); }, lanes);
 }
 
-// x in the lanes where a == b, y in the others.
+// x in the lanes where a == b, y in the others; where a < b likewise, and where a is NaN. (Vectorized::blendv makes a
+// vector of the mask, and then a mask of it again: 1.16 -> 0.94 ms for a visit of 32 layers of 64 tanh units.)
 template <typename T>
 inline Vectorized<T> where_equal(Vectorized<T> a, Vectorized<T> b, Vectorized<T> x, Vectorized<T> y) {
   return Vectorized<T>::blendv(y, x, a == b);
 }
+template <typename T>
+inline Vectorized<T> where_less(Vectorized<T> a, Vectorized<T> b, Vectorized<T> x, Vectorized<T> y) {
+  return Vectorized<T>::blendv(y, x, a < b);
+}
+template <typename T>
+inline Vectorized<T> where_nan(Vectorized<T> a, Vectorized<T> x, Vectorized<T> y) {
+  return Vectorized<T>::blendv(y, x, a != a);
+}
+
+// |magnitude| with the sign of x.
+template <typename T>
+inline Vectorized<T> with_sign_of(Vectorized<T> x, Vectorized<T> magnitude) {
+  return magnitude | (x & Vectorized<T>(T(-0.0)));
+}
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-template <>
-inline Vectorized<float> where_equal(
-    Vectorized<float> a, Vectorized<float> b, Vectorized<float> x, Vectorized<float> y) {
-  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
-}
+#define LGD_DEFINE_WHERE(T, SUFFIX)                                                                      \
+  template <>                                                                                            \
+  inline Vectorized<T> where_equal(Vectorized<T> a, Vectorized<T> b, Vectorized<T> x, Vectorized<T> y) { \
+    return _mm512_mask_blend_##SUFFIX(_mm512_cmp_##SUFFIX##_mask(a, b, _CMP_EQ_OQ), y, x);               \
+  }                                                                                                      \
+  template <>                                                                                            \
+  inline Vectorized<T> where_less(Vectorized<T> a, Vectorized<T> b, Vectorized<T> x, Vectorized<T> y) {  \
+    return _mm512_mask_blend_##SUFFIX(_mm512_cmp_##SUFFIX##_mask(a, b, _CMP_LT_OQ), y, x);               \
+  }                                                                                                      \
+  template <>                                                                                            \
+  inline Vectorized<T> where_nan(Vectorized<T> a, Vectorized<T> x, Vectorized<T> y) {                    \
+    return _mm512_mask_blend_##SUFFIX(_mm512_cmp_##SUFFIX##_mask(a, a, _CMP_UNORD_Q), y, x);             \
+  }
 
-template <>
-inline Vectorized<double> where_equal(
-    Vectorized<double> a, Vectorized<double> b, Vectorized<double> x, Vectorized<double> y) {
-  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), y, x);
-}
+LGD_DEFINE_WHERE(float, ps)
+LGD_DEFINE_WHERE(double, pd)
+#undef LGD_DEFINE_WHERE
 
 #endif
+
+// 1 / x for x in [1, 2], NaN for NaN; relative error below 1.5e-7.
+inline Vectorized<float> reciprocal(Vectorized<float> x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 r = _mm512_rcp14_ps(x);
+  return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(1.0f)), r);
+#else
+  return Vectorized<float>(1.0f) / x;
+#endif
+}
 
 // y = tanh(x) and its slope 1 - y^2: (1 - t) / (1 + t) and 4 t / (1 + t)^2 with t = exp(-2 |x|); for |x| < 0.625, where
 // 1 - t cancels, Cephes' polynomial. Inlined, where a call of the library's costs every register: 6.5 -> 2.3 ms for the
@@ -159,15 +190,15 @@ inline Vectorized<double> where_equal(
 inline void tanh_with_slope(Vectorized<float> x, Vectorized<float>& y, Vectorized<float>& slope) {
   using Vec = Vectorized<float>;
   const Vec one(1.0f), magnitude = x.abs(), square = x * x;
-  const Vec t = exp_nonpositive(magnitude * Vec(-2.0f)), r = one / (one + t);
+  const Vec t = exp_nonpositive(magnitude * Vec(-2.0f)), r = reciprocal(one + t);
   const Vec large = (one - t) * r;
   Vec p = at::vec::fmadd(Vec(-5.70498872745e-3f), square, Vec(2.06390887954e-2f));
   p = at::vec::fmadd(p, square, Vec(-5.37397155531e-2f));
   p = at::vec::fmadd(p, square, Vec(1.33314422036e-1f));
   p = at::vec::fmadd(p, square, Vec(-3.33332819422e-1f));
-  const Vec small = at::vec::fmadd(p * square, x, x), is_small = magnitude < Vec(0.625f);
-  y = Vec::blendv(Vec::blendv(large, large.neg(), x < Vec(0.0f)), small, is_small);
-  slope = Vec::blendv(Vec(4.0f) * t * (r * r), (one - small) * (one + small), is_small);
+  const Vec small = at::vec::fmadd(p * square, x, x), limit(0.625f);
+  y = where_less(magnitude, limit, small, with_sign_of(x, large));
+  slope = where_less(magnitude, limit, (one - small) * (one + small), Vec(4.0f) * t * (r * r));
 }
 
 inline void tanh_with_slope(Vectorized<double> x, Vectorized<double>& y, Vectorized<double>& slope) {
