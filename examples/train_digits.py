@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lgd_kernels as lgd
-from lgd_kernels.decoupled import Batch, ResidualNet, gradient_of_hidden, largest_curvature, visit_
+from lgd_kernels.decoupled import Batch, ResidualNet, gradient_of_hidden, largest_curvature
 from lgd_kernels.reference import ACTIVATIONS
 
 matplotlib.use("Agg")
@@ -77,12 +77,12 @@ def load(device: str) -> Digits:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two ways to the gradients of the weights
+# Two ways to train
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Backpropagation:
-    """The gradients of the mean loss, through all layers in turn."""
+    """Down the gradient of the mean loss, through all layers in turn."""
 
     def __init__(self, net: ResidualNet, digits: Digits, H: lgd.Infogain):
         self.net, self.digits, self.H = net, digits, H
@@ -90,18 +90,18 @@ class Backpropagation:
     def start_epoch(self) -> None:
         pass
 
-    def set_gradients(self, rows: Tensor) -> None:
-        for parameter in self.net.parameters():
-            parameter.grad = None
+    def visit(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
         logits = self.net.logits(self.digits.x[rows])
         lgd.softmax_infogain_loss(logits, self.digits.labels[rows], self.H).backward()
+        optimizer.step()
 
     def residual(self) -> None:
         """Hidden values are what the layers compute: there is none."""
 
 
 class Decoupled:
-    """The gradients of the layers' local energies at the stored hidden values, after a few steps of these."""
+    """A few steps of the stored hidden values, then all layers down the gradients of their local energies, at once."""
 
     def __init__(self, net: ResidualNet, digits: Digits, H: lgd.Infogain, *, multipliers: bool):
         self.net, self.every_row = net, Batch(digits.x, digits.labels, H)
@@ -123,10 +123,10 @@ class Decoupled:
         self.step_size = 1 / largest_curvature(lambda v: gradient_of_hidden(self.net, batch, v, multiplier, RHO), z)
         self.squared_residual = self.squared_z = 0.0
 
-    def set_gradients(self, rows: Tensor) -> None:
+    def visit(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
         batch, z, multiplier = self.batch(rows)
         options = {"rho": RHO, "steps": Z_STEPS, "step_size": self.step_size, "dual_step": DUAL_STEP}
-        e = visit_(self.net, batch, z, multiplier, **options)
+        _, e = self.net.visit_(batch, z, multiplier, optimizer, **options)
         self.z[:, rows] = z
         if multiplier is not None:
             self.multiplier[:, rows] = multiplier
@@ -164,8 +164,7 @@ def train(name: str, way: Backpropagation | Decoupled, digits: Digits, epochs: i
         start = time.perf_counter()
         way.start_epoch()
         for rows in torch.randperm(len(digits.x), generator=generator).to(digits.x.device).split(BATCH_SIZE):
-            way.set_gradients(rows)
-            optimizer.step()
+            way.visit(rows, optimizer)
         schedule.step()
         run.seconds.append(time.perf_counter() - start)
         if way.residual() is not None:
@@ -196,7 +195,9 @@ def table(runs: list[Run]) -> str:
     for run in runs:
         seconds = sorted(run.seconds)[len(run.seconds) // 2]
         worst = f"{100 * run.residual[-1].max():13.1f} %" if run.residual else f"{'-':>15}"
-        lines.append(f"{run.name:24}{run.accuracy[-1]:8.1f} %{run.cost_of_mistake:15.2f}{seconds:9.2f} s{worst}")
+        lines.append(
+            f"{run.name:24}{run.accuracy[-1]:8.1f} %{run.cost_of_mistake:15.2f}{1000 * seconds:8.0f} ms{worst}"
+        )
     lines += [
         "",
         "mean cost of a mistake: distance between the mean images of answer and label; 1 is the average pair of digits",

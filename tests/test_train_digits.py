@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgd_kernels.decoupled import Batch, ResidualNet, visit_
+from lgd_kernels.decoupled import Batch, ResidualNet
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
 WAYS = ["backpropagation", "decoupled, z", "decoupled, z and lambda"]
@@ -105,11 +105,13 @@ def test_a_visit_moves_only_what_it_is_given(train_digits):
     digits = train_digits.load("cpu")
     H = train_digits.SIMILARITIES["distance"](digits.distance)
     net = ResidualNet(64, 8, 3, 10, "tanh", torch.Generator().manual_seed(0), "cpu")
-    before = [p.clone() for p in net.parameters()]
+    before = [p.detach().clone() for p in net.parameters()]
     z, multiplier = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
     z_before, multiplier_before = z.clone(), multiplier.clone()
     batch = Batch(digits.x[:5], digits.labels[:5], H)
-    visit_(net, batch, z, multiplier, rho=0.5, steps=2, step_size=0.1, dual_step=0.2)
+    energies, e = net.visit_(batch, z, multiplier, None, rho=0.5, steps=2, step_size=0.1, dual_step=0.2)
+    assert energies.shape == (4,) and energies.isfinite().all()
+    assert e.shape == z.shape and e.isfinite().all()
     assert not torch.equal(z, z_before) and not torch.equal(multiplier, multiplier_before)
     assert torch.equal(batch.x, digits.x[:5])
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))

@@ -24,10 +24,18 @@ class Buffers(NamedTuple):
 class NextStep(NamedTuple):
     """The next step of an optimizer for lists of parameters."""
 
+    optimizer: Optimizer | None
     rule: int  # a position in reference.UPDATE_RULES
     buffers: list[Buffers]  # of every list
     numbers: list[float]  # `UpdateNumbers`, parameter by parameter, list by list
-    counts: list[Tensor]  # Adam's numbers of steps, to be counted on once the step is made
+    counts: list[Tensor]  # Adam's numbers of steps
+
+    def done(self) -> None:
+        """To be called once the step is made."""
+        for count in self.counts:
+            count += 1
+        if self.optimizer is not None:
+            self.optimizer._opt_called = True  # or torch's schedules warn that step() was not called before theirs
 
 
 def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> NextStep:
@@ -40,7 +48,7 @@ def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> Ne
     if optimizer is None:
         gradients = [Buffers([_gradient_of(p) for p in of_list], []) for of_list in parameters]
         numbers = [number for of_list in parameters for _ in of_list for number in UpdateNumbers()]
-        return NextStep(UPDATE_RULES.index("gradient"), gradients, numbers, [])
+        return NextStep(None, UPDATE_RULES.index("gradient"), gradients, numbers, [])
     if type(optimizer) not in (SGD, Adam, AdamW):
         raise TypeError(
             f"optimizer: expected torch.optim's SGD, Adam or AdamW, got {type(optimizer).__name__}; for another one "
@@ -93,7 +101,7 @@ def _step_of_sgd(optimizer: SGD, groups: dict[int, dict], parameters: list[list[
             if with_momentum:
                 first.append(_buffer(optimizer.state[p], "momentum_buffer", p))
         buffers.append(Buffers(first, []))
-    return NextStep(UPDATE_RULES.index("momentum" if with_momentum else "sgd"), buffers, numbers, [])
+    return NextStep(optimizer, UPDATE_RULES.index("momentum" if with_momentum else "sgd"), buffers, numbers, [])
 
 
 def _step_of_adam(optimizer: Adam, groups: dict[int, dict], parameters: list[list[Tensor]]) -> NextStep:
@@ -120,4 +128,4 @@ def _step_of_adam(optimizer: Adam, groups: dict[int, dict], parameters: list[lis
             second.append(_buffer(state, "exp_avg_sq", p))
             counts.append(state["step"])
         buffers.append(Buffers(first, second))
-    return NextStep(UPDATE_RULES.index("adam"), buffers, numbers, counts)
+    return NextStep(optimizer, UPDATE_RULES.index("adam"), buffers, numbers, counts)

@@ -14,15 +14,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lgd_kernels import ops
+from lgd_kernels.decoupled.step import decoupled_step_
+from lgd_kernels.infogain import Infogain
 from lgd_kernels.reference.activations import ACTIVATIONS, IDENTITY, SQUARED, activate
+
+
+class Batch(NamedTuple):
+    """The given ends of the net for n samples."""
+
+    x: Tensor  # (n, n_inputs)
+    labels: Tensor  # (n,) int64
+    H: Infogain
 
 
 class Judgement(NamedTuple):
     """What a stack says about its inputs and targets; each (T, n, d_out)."""
 
-    residual: Tensor
     delta: Tensor
     q: Tensor
 
@@ -43,21 +53,20 @@ class LinearStack(NamedTuple):
         )
         return branch if self.skip == 0 else torch.add(branch, z, alpha=self.skip)
 
-    def judge(self, z: Tensor, target: Tensor, multiplier: Tensor | None, rho: float, dual_step: float) -> Judgement:
-        """Every layer's residual, delta and q for squared hidden loss; see `reference.decoupled_linear`."""
+    def judge(self, z: Tensor, target: Tensor, multiplier: Tensor | None, rho: float) -> Judgement:
+        """Every layer's delta and q for squared hidden loss; see `reference.decoupled_linear`."""
         T = len(self.weight)
         options = ([self.activation] * T, True, SQUARED, 1.0, [rho] * T, [self.skip] * T, [self.branch_scale] * T)
-        outputs = ops.decoupled_linear(
-            z, self.weight, self.bias, target, multiplier, *options, [dual_step] * T, True, True
+        _, _, delta, q = ops.decoupled_linear(
+            z, self.weight, self.bias, target, multiplier, *options, [0.0] * T, False, True
         )
-        return Judgement(*outputs[1:])
+        return Judgement(delta, q)
 
-    def gradients(self, z: Tensor, delta: Tensor, q: Tensor, of_parameters: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of z, or those of weight and bias, from delta (T, n, d_out) and q (read only if skip is not 0)."""
+    def gradient_of_input(self, z: Tensor, delta: Tensor, q: Tensor) -> Tensor:
+        """dE/dz (T, n, d_in) from delta (T, n, d_out) and q (read only if skip is not 0)."""
         T = len(self.weight)
         options = ([self.activation] * T, True, [self.skip] * T, [self.branch_scale] * T)
-        needs = (not of_parameters, of_parameters, of_parameters)
-        return ops.decoupled_linear_backward(z, self.weight, delta, q, None, *options, *needs)
+        return ops.decoupled_linear_backward(z, self.weight, delta, q, None, *options, True, False, False)[0]
 
 
 class ResidualNet:
@@ -78,7 +87,7 @@ class ResidualNet:
             bias = torch.zeros(T, d_out, device=device, requires_grad=True)
             return LinearStack(weight, bias, phi, skip, branch_scale)
 
-        phi = ACTIVATIONS.index(activation)
+        self.activation, phi = activation, ACTIVATIONS.index(activation)
         self.first = stack(1, n_inputs, width, IDENTITY, 0.0, n_inputs**-0.5)
         self.hidden = stack(depth - 1, width, width, phi, 1.0, (width * depth) ** -0.5)
         self.output = stack(1, width, n_classes, phi, 0.0, width**-0.5)
@@ -96,3 +105,29 @@ class ResidualNet:
     def logits(self, x: Tensor) -> Tensor:
         """(n, n_classes) for x (n, n_inputs)."""
         return self.output.forward(self.hidden_values(x)[-1])
+
+    def visit_(
+        self, batch: Batch, z: Tensor, multiplier: Tensor | None, optimizer: Optimizer | None, **options
+    ) -> tuple[Tensor, Tensor]:
+        """`decoupled_step_` for this net: (energies (depth + 1,), final residual (depth, n, width)).
+
+        z and multiplier: (depth, n, width). options: rho, steps, step_size, dual_step.
+        """
+        stacks = (self.first, self.hidden, self.output)
+        energies, (residual,) = decoupled_step_(
+            batch.x,
+            z,
+            [stack.weight for stack in stacks],
+            [stack.bias for stack in stacks],
+            batch.labels,
+            H=batch.H,
+            multiplier=multiplier,
+            optimizer=optimizer,
+            activation=self.activation,
+            preactivation=True,
+            skip=1.0,
+            branch_scale=[stack.branch_scale for stack in stacks for _ in range(len(stack.weight))],
+            return_residual=True,
+            **options,
+        )
+        return energies, residual

@@ -162,8 +162,7 @@ def decoupled_step_(
             *(steps, step_size, z_momentum, plan.dual_step if dual_step is None else dual_step),
             *(step.rule, step.numbers),
         )
-        for count in step.counts:
-            count += 1
+        step.done()
     torch.autograd.graph.increment_version(tensor for stacks in (*hidden.values(), *changed) for tensor in stacks)
     return (energies, residual) if return_residual else energies
 
