@@ -47,7 +47,7 @@ def measure_workload(
     return [
         Row(
             **asdict(machine),
-            backend=backend_of(workload.operation),
+            backend=backend_of(workload.operation.op),
             workload=workload.name,
             peer=peer,
             status=checks[peer].status,

@@ -1,4 +1,4 @@
-"""The picture: the time of every peer as a multiple of a copy of the logits, for every workload."""
+"""The pictures: the time of every peer relative to one of them for every workload, and time against depth."""
 
 from __future__ import annotations
 
@@ -6,43 +6,55 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.peers import TITLES
-from bench.results import Row, by_workload, read_latest_runs
-from bench.table import three_digits
-from bench.workloads import WORKLOADS, Workload
+from bench.operations import DECOUPLED_STEP, Operation
+from bench.results import Row, by_workload, medians, read_latest_runs
+from bench.table import by_operation, pictures_of, three_digits
+from bench.workloads import WORKLOADS, DecoupledStepWorkload, Workload, is_sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# top to bottom in every group; of the palette of Okabe and Ito, which is safe for the colour-blind
-COLOURS = {"eager": "#B8BCC2", "compiled": "#56B4E9", "ours": "#D55E00"}
+# of the palette of Okabe and Ito, which is safe for the colour-blind
+COLOURS = {
+    "eager": "#B8BCC2",
+    "batched": "#888D94",
+    "compiled": "#56B4E9",
+    "bmm": "#B7DCC9",
+    "bmm_compiled": "#009E73",
+    "ours": "#D55E00",
+}
 _INK, _PALE = "#24292F", "#D0D4D9"
-_BAR = 0.26  # of the distance between two workloads
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every workload of an operation
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw(run: list[Row], workloads: Iterable[Workload], path: Path) -> None:
-    """Draw one run into a PNG file. Needs matplotlib."""
+    """Draw the workloads of one operation into a PNG file. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     measured = by_workload(run)
     shown = [workload for workload in workloads if workload.name in measured]
-    figure = Figure(figsize=(10, 1.7 + 0.78 * len(shown)), dpi=150, layout="constrained")
+    operation, bars = shown[0].operation, len(shown[0].operation.shown)
+    figure = Figure(figsize=(10, 1.7 + 0.26 * bars * len(shown)), dpi=150, layout="constrained")
     ax = figure.add_subplot()
     for position, workload in enumerate(shown):
-        _draw_workload(ax, position, measured[workload.name])
-    _label_axes(ax, shown, run[0])
+        _draw_workload(ax, position, operation, measured[workload.name])
+    _label_axes(ax, shown, operation, run[0])
     figure.savefig(path)
 
 
-def _draw_workload(ax: Axes, position: int, peers: dict[str, Row]) -> None:
-    copy = peers["copy"].median_ms
-    for place, (peer, colour) in enumerate(COLOURS.items()):
+def _draw_workload(ax: Axes, position: int, operation: Operation, peers: dict[str, Row]) -> None:
+    unit, height = peers[operation.unit].median_ms, 0.78 / len(operation.shown)
+    for place, peer in enumerate(operation.shown):
         row = peers.get(peer)
-        if row is None or row.median_ms is None:
+        if row is None or row.median_ms is None or unit is None:
             continue
-        y = position + (place - 1) * _BAR
-        low, multiple, high = row.p20_ms / copy, row.median_ms / copy, row.p80_ms / copy
-        ax.barh(y, multiple - 1, left=1, height=_BAR * 0.88, color=colour)
+        y = position + (place - (len(operation.shown) - 1) / 2) * height
+        low, multiple, high = row.p20_ms / unit, row.median_ms / unit, row.p80_ms / unit
+        ax.barh(y, multiple - 1, left=1, height=height * 0.88, color=COLOURS[peer])
         ax.plot([low, high], [y, y], color=_INK, linewidth=0.9)
         label = f"{three_digits(multiple)}x   {three_digits(row.median_ms)} ms"
         ax.annotate(
@@ -58,7 +70,7 @@ def _draw_workload(ax: Axes, position: int, peers: dict[str, Row]) -> None:
         )
 
 
-def _label_axes(ax: Axes, shown: list[Workload], row: Row) -> None:
+def _label_axes(ax: Axes, shown: list[Workload], operation: Operation, row: Row) -> None:
     from matplotlib.patches import Patch
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -66,7 +78,7 @@ def _label_axes(ax: Axes, shown: list[Workload], row: Row) -> None:
     left, right = ax.get_xlim()
     ax.set_xlim(min(left, 0.9), right * 2.2)  # room for the labels at the ends of the bars
     ax.set_ylim(len(shown) - 0.45, -0.55)
-    ax.set_yticks(range(len(shown)), [workload.label.replace(" H, ", " H\n", 1) for workload in shown], color=_INK)
+    ax.set_yticks(range(len(shown)), [workload.label.replace(", ", ",\n", 1) for workload in shown], color=_INK)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
@@ -76,22 +88,19 @@ def _label_axes(ax: Axes, shown: list[Workload], row: Row) -> None:
     ax.tick_params(axis="both", which="both", length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel(
-        "time as a multiple of one copy of the logits (log scale, shorter is better; thin lines: p20 to p80)",
+        f"time as a multiple of {operation.titles[operation.unit]} (log scale, shorter is better; thin lines: p20 to "
+        "p80)",
         color=_INK,
     )
-    ax.set_title(
-        f"Loss + gradient on {row.cpu}, {row.threads} threads, {row.isa}",
-        loc="left",
-        fontweight="bold",
-        color=_INK,
-        pad=30,
-    )
-    handles = [Patch(color=colour, label=TITLES[peer]) for peer, colour in COLOURS.items()]
+    heading = operation.heading[0].upper() + operation.heading[1:]
+    title = f"{heading} on {row.cpu}, {row.threads} threads, {row.isa}"
+    rows_of_legend = -(-len(operation.shown) // 3)
+    ax.set_title(title, loc="left", fontweight="bold", color=_INK, pad=12 + 18 * rows_of_legend)
     ax.legend(
-        handles=handles,
+        handles=[Patch(color=COLOURS[peer], label=operation.titles[peer]) for peer in operation.shown],
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
-        ncols=len(handles),
+        ncols=3,
         frameon=False,
         handlelength=1,
         handleheight=1,
@@ -100,10 +109,55 @@ def _label_axes(ax: Axes, shown: list[Workload], row: Row) -> None:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The sweep over depths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_depths(run: list[Row], workloads: Iterable[DecoupledStepWorkload], path: Path) -> None:
+    """Draw time against depth, at a constant number of layers times samples, into a PNG file. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    measured = by_workload(run)
+    shown = sorted((workload for workload in workloads if workload.name in measured), key=lambda w: w.depth)
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    ax = figure.add_subplot()
+    for peer in DECOUPLED_STEP.shown:
+        points = [(w.depth, medians(measured[w.name]).get(peer)) for w in shown]
+        points = [(depth, time) for depth, time in points if time is not None]
+        if points:
+            width, title = (2.6 if peer == "ours" else 1.8), DECOUPLED_STEP.titles[peer]
+            ax.plot(*zip(*points, strict=True), "o-", color=COLOURS[peer], linewidth=width, label=title)
+    _label_depths(ax, shown, run[0])
+    figure.savefig(path)
+
+
+def _label_depths(ax: Axes, shown: list[DecoupledStepWorkload], row: Row) -> None:
+    from matplotlib.ticker import NullLocator
+
+    depths = [workload.depth for workload in shown]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(depths, [f"{depth}" for depth in depths])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(f"layers of {shown[0].width} units, with {shown[0].depth * shown[0].n_samples:,} / layers samples")
+    ax.set_ylabel("milliseconds for one step")
+    ax.set_title(
+        f"As many products, deeper and deeper, on {row.cpu}, {row.threads} threads", loc="left", fontweight="bold"
+    )
+    ax.grid(color=_PALE, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, labelcolor=_INK)
+
+
 def update_plots(results: Path) -> None:
     """Draw the latest run of every device beside its results file. Raises ValueError if there are no results."""
     runs = read_latest_runs(results)
     if not runs:
         raise ValueError("no results yet: run `python -m bench` first")
     for run in runs:
-        draw(run, WORKLOADS, results / f"{run[0].device}.png")
+        for operation, workloads in by_operation(run, WORKLOADS).items():
+            (name, _), *of_sweep = pictures_of(operation, workloads, run[0].device)
+            draw(run, [workload for workload in workloads if not is_sweep(workload)], results / name)
+            for name, _ in of_sweep:
+                draw_depths(run, [workload for workload in workloads if is_sweep(workload)], results / name)

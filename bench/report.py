@@ -8,7 +8,7 @@ from bench.goals import Verdict, judge
 from bench.results import BUSY, Row, busy_cores, by_workload, medians
 from bench.workloads import Workload
 
-_HEADER = f"{'':10}{'median ms':>11}{'p20':>9}{'p80':>9}{'x floor':>9}{'x copy':>8}{'ours is':>15}{'error':>10}"
+_HEADER = f"{'':15}{'median ms':>11}{'p20':>9}{'p80':>9}{'x floor':>9}{'x copy':>8}{'ours is':>15}{'error':>10}"
 
 
 def report(run: list[Row], workloads: Iterable[Workload]) -> str:
@@ -32,11 +32,11 @@ def _workload_lines(workload: Workload, peers: dict[str, Row]) -> list[str]:
 
 def _peer_line(row: Row, peers: dict[str, Row]) -> str:
     if row.median_ms is None:
-        return f"  {row.peer:8} {row.status}"
+        return f"  {row.peer:13} {row.status}"
     ours, copy = peers["ours"].median_ms, peers["copy"].median_ms
     faster = "" if row.peer == "ours" or ours is None else f"{row.median_ms / ours:.2f}x as fast"
     return (
-        f"  {row.peer:8}{row.median_ms:11.4g}{row.p20_ms:9.4g}{row.p80_ms:9.4g}{row.ratio_to_floor:9.2f}"
+        f"  {row.peer:13}{row.median_ms:11.4g}{row.p20_ms:9.4g}{row.p80_ms:9.4g}{row.ratio_to_floor:9.2f}"
         f"{row.median_ms / copy:8.2f}{faster:>15}{row.error:10.1e}"
     )
 

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.goals import AtLeast, Verdict, judge
-from bench.peers import TITLES
+from bench.operations import Operation
 from bench.results import BUSY, Row, busy_cores, by_workload, medians, read_latest_runs
-from bench.workloads import WORKLOADS, Workload
+from bench.workloads import WORKLOADS, Workload, is_sweep
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_PEERS = ("copy", "eager", "compiled", "ours")
 _MARK = {True: "✓", False: "✗ missed", None: "not measured"}
 
 
@@ -22,19 +21,22 @@ def three_digits(value: float) -> str:
 
 
 def markdown_table(run: list[Row], workloads: Iterable[Workload]) -> str:
-    """One device: its times in ms, our speed-ups and the goals, one line per workload of the run."""
+    """One device, workloads of one operation: its times in ms, our speed-ups and the goals, a line for each."""
     measured = by_workload(run)
-    titles = ["loss + gradient", *(TITLES[peer] for peer in _PEERS), "times its floor", "goals"]
+    shown = [workload for workload in workloads if workload.name in measured]
+    operation = shown[0].operation
+    peers = [peer for peer in operation.titles if any(peer in measured[workload.name] for workload in shown)]
+    titles = [operation.heading, *(operation.titles[peer] for peer in peers), "times its floor", "goals"]
     lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 2) + "|---|"]
-    lines += [_line(workload, measured[workload.name]) for workload in workloads if workload.name in measured]
+    lines += [_line(workload, peers, measured[workload.name]) for workload in shown]
     return "\n".join(lines)
 
 
-def _line(workload: Workload, peers: dict[str, Row]) -> str:
+def _line(workload: Workload, shown: list[str], peers: dict[str, Row]) -> str:
     ratio = peers["ours"].ratio_to_floor
-    cells = [workload.label, *(_time(peer, peers) for peer in _PEERS), "—" if ratio is None else three_digits(ratio)]
-    goals = "; ".join(_goal(verdict) for verdict in judge(workload.goals, medians(peers)))
-    return f"| {' | '.join(cells)} | {goals} |"
+    cells = [workload.label, *(_time(peer, peers) for peer in shown), "—" if ratio is None else three_digits(ratio)]
+    verdicts = judge(workload.goals, medians(peers))
+    return f"| {' | '.join(cells)} | {'; '.join(_goal(verdict, workload.operation) for verdict in verdicts)} |"
 
 
 def _time(peer: str, peers: dict[str, Row]) -> str:
@@ -49,26 +51,50 @@ def _time(peer: str, peers: dict[str, Row]) -> str:
     return f"{three_digits(row.median_ms)} ({row.median_ms / ours:.1f}x)"
 
 
-def _goal(verdict: Verdict) -> str:
+def _goal(verdict: Verdict, operation: Operation) -> str:
     goal = verdict.goal
-    text = f"≥ {goal.times:g}x {TITLES[goal.peer]}" if isinstance(goal, AtLeast) else f"≤ {goal.times:g} copies"
+    title = operation.titles[goal.peer]
+    text = f"≥ {goal.times:g}x {title}" if isinstance(goal, AtLeast) else f"≤ {goal.times:g}x {title}"
     measured = "" if verdict.ratio is None else f": {verdict.ratio:.2f}"
     return f"{text}{measured} {_MARK[verdict.met]}"
 
 
 def section(run: list[Row], workloads: Iterable[Workload]) -> str:
-    """One device: what was measured where, the table, and the picture."""
+    """One device: what was measured where, and for each operation a table and a picture."""
     row, others = run[0], busy_cores(run)
     warning = f" **Measured while other processes kept up to {others:.1f} cores busy.**" if others > BUSY else ""
-    return (
+    head = (
         f"**{row.cpu}, {row.threads} threads, {row.isa}** (torch {row.torch}, lgd_kernels {row.lgd_kernels} at "
         f"`{row.commit}`, {row.date[:10]}). Milliseconds, medians; in brackets how many times as fast lgd_kernels is. "
-        f"The floor is one read and one write of the logits and one read of H, at the rate at which a copy of the "
-        f"logits ran in the same run. Percentiles, errors and versions: [bench/results/{row.device}.csv]"
-        f"(bench/results/{row.device}.csv).{warning}\n\n"
-        f"{markdown_table(run, workloads)}\n\n"
-        f"![Time of every peer, as a multiple of a copy of the logits](bench/results/{row.device}.png)"
+        f"Percentiles, errors and versions: [bench/results/{row.device}.csv](bench/results/{row.device}.csv).{warning}"
     )
+    parts = [head]
+    for operation, of_operation in by_operation(run, workloads).items():
+        tables = [markdown_table(run, of_operation)]
+        pictures = [
+            f"![{title}](bench/results/{name})" for name, title in pictures_of(operation, of_operation, row.device)
+        ]
+        parts += [operation.floor, *tables, *pictures]
+    return "\n\n".join(parts)
+
+
+def by_operation(run: list[Row], workloads: Iterable[Workload]) -> dict[Operation, list[Workload]]:
+    """The workloads of the run that have results, by their operation."""
+    measured = by_workload(run)
+    grouped: dict[Operation, list[Workload]] = {}
+    for workload in workloads:
+        if workload.name in measured:
+            grouped.setdefault(workload.operation, []).append(workload)
+    return grouped
+
+
+def pictures_of(operation: Operation, workloads: list[Workload], device: str) -> list[tuple[str, str]]:
+    """(file name, title) of the pictures of an operation: of its workloads, and of its sweep over depths if it has."""
+    unit = operation.titles[operation.unit]
+    pictures = [(f"{device}-{operation.name}.png", f"{operation.heading}: time of every peer over that of {unit}")]
+    if any(is_sweep(workload) for workload in workloads):
+        pictures.append((f"{device}-{operation.name}-depth.png", f"{operation.heading}: time against depth"))
+    return pictures
 
 
 def with_table(text: str, table: str, name: str) -> str:

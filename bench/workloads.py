@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bench.goals import AtLeast, AtMost, Goal
+from bench.operations import DECOUPLED_STEP, SOFTMAX_INFOGAIN, Operation
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class SoftmaxInfogainWorkload:
     dtype: str = "float32"
     goals: tuple[Goal, ...] = ()
     peers: tuple[str, ...] = ("copy", "eager", "compiled", "ours")
-    operation: str = "softmax_infogain"
+    operation: ClassVar[Operation] = SOFTMAX_INFOGAIN
 
     @property
     def name(self) -> str:
         """What the results file and `--only` call it."""
-        return f"{self.operation}/{self.infogain}/{'x'.join(map(str, self.shape))}/{self.dtype}"
+        return f"{self.operation.name}/{self.infogain}/{'x'.join(map(str, self.shape))}/{self.dtype}"
 
     @property
     def label(self) -> str:
@@ -38,7 +40,64 @@ class SoftmaxInfogainWorkload:
         return dataclasses.replace(self, shape=(max(1, self.shape[0] // 16), *self.shape[1:]), goals=())
 
 
-Workload = SoftmaxInfogainWorkload  # every operation adds its class: operation, name, label, peers, goals, reduced()
+@dataclass(frozen=True)
+class DecoupledStepWorkload:
+    """One step of training of a net of `depth` tanh layers of one width, squared error, SGD with momentum: by
+    backpropagation, or by one visit with one step of the hidden values.
+
+    dtype: of the samples and of z; weights are float32. is_sweep: part of the sweep over depths.
+    """
+
+    depth: int
+    width: int
+    n_samples: int
+    dtype: str = "float32"
+    goals: tuple[Goal, ...] = ()
+    peers: tuple[str, ...] = ("copy", "eager", "batched", "compiled", "bmm", "bmm_compiled", "ours")
+    is_sweep: bool = False
+    operation: ClassVar[Operation] = DECOUPLED_STEP
+
+    @property
+    def name(self) -> str:
+        """What the results file and `--only` call it."""
+        sweep = "depth/" if self.is_sweep else ""
+        return f"{self.operation.name}/{sweep}{self.depth}x{self.width}x{self.n_samples}/{self.dtype}"
+
+    @property
+    def label(self) -> str:
+        """What tables and pictures call it."""
+        dtype = "" if self.dtype == "float32" else f", z in {self.dtype}"
+        return f"{self.depth} layers of {self.width:,}, {self.n_samples:,} samples{dtype}"
+
+    def reduced(self) -> DecoupledStepWorkload:
+        """The same with a sixteenth of the samples, for a quick look."""
+        return dataclasses.replace(self, n_samples=max(1, self.n_samples // 16), goals=())
+
+
+Workload = SoftmaxInfogainWorkload | DecoupledStepWorkload  # each: operation, name, label, peers, goals, reduced()
+
+
+def is_sweep(workload: Workload) -> bool:
+    """Whether the workload is part of a sweep over depths."""
+    return isinstance(workload, DecoupledStepWorkload) and workload.is_sweep
+
+
+def _decoupled(depth: int, width: int, n_samples: int, times: float) -> DecoupledStepWorkload:
+    """`times` as fast as the faster one of eager and compiled backpropagation, and twice as fast as bmm."""
+    goals = (AtLeast("eager", times), AtLeast("compiled", times), AtLeast("bmm_compiled", 2))
+    return DecoupledStepWorkload(depth, width, n_samples, goals=goals)
+
+
+SHALLOW, SWEEP_WIDTH, SWEEP_ROWS = 8, 128, 8192  # the least depth of the sweep; width; layers times samples
+
+
+def _sweep(depth: int) -> DecoupledStepWorkload:
+    """A depth of the sweep: as many products of as many numbers at every depth."""
+    peers, goals = ("copy", "eager", "compiled", "bmm_compiled", "ours"), ()
+    if depth != SHALLOW:
+        peers, goals = (*peers, "shallow"), (AtMost("shallow", 1.1),)
+    return DecoupledStepWorkload(depth, SWEEP_WIDTH, SWEEP_ROWS // depth, goals=goals, peers=peers, is_sweep=True)
+
 
 WORKLOADS: tuple[Workload, ...] = (
     SoftmaxInfogainWorkload(
@@ -52,4 +111,10 @@ WORKLOADS: tuple[Workload, ...] = (
     SoftmaxInfogainWorkload("identity", (8192, 1000), dtype="bfloat16"),
     SoftmaxInfogainWorkload("identity", (1, 1_000_000)),
     SoftmaxInfogainWorkload("identity", (4, 21, 256, 256)),
+    _decoupled(32, 64, 64, times=6),
+    _decoupled(32, 128, 256, times=2.7),
+    _decoupled(32, 256, 256, times=2.3),
+    _decoupled(8, 1024, 256, times=2),
+    DecoupledStepWorkload(32, 256, 256, dtype="bfloat16"),
+    *(_sweep(depth) for depth in (8, 16, 32, 64, 128)),
 )

@@ -16,21 +16,31 @@ from bench.floors import Rates, floor_ms
 from bench.goals import AtLeast, AtMost, judge
 from bench.machine import describe_machine, device_slug
 from bench.measure import measure_problem, measure_workload
-from bench.peers import Problem, prepare, softmax_infogain
-from bench.plot import draw
+from bench.peers import Problem, decoupled_step, prepare, softmax_infogain
+from bench.plot import draw, draw_depths
 from bench.report import report
 from bench.results import RESULTS, Row
 from bench.table import BEGIN, END, section, three_digits, update_readme, with_table
 from bench.timing import CALLS_PER_BURST, LEAST_ROUNDS, summarize, time_interleaved
-from bench.workloads import WORKLOADS, SoftmaxInfogainWorkload
+from bench.workloads import WORKLOADS, DecoupledStepWorkload, SoftmaxInfogainWorkload
 
 SECONDS = 0.0  # the least number of rounds
 PEERS = ("copy", "eager", "ours")
+TINY_NET = DecoupledStepWorkload(3, 8, 6, peers=("copy", "eager", "batched", "bmm", "ours"))
 TINY = SoftmaxInfogainWorkload("dense", (6, 5), peers=PEERS, goals=(AtLeast("eager", 7), AtMost("copy", 1.6)))
 
 
 def nothing(*_) -> None:
     pass
+
+
+def tiny(workload):
+    """The same with little data, and without the peers that take long to compile or need more layers."""
+    if isinstance(workload, DecoupledStepWorkload):
+        return dataclasses.replace(TINY_NET, dtype=workload.dtype, depth=min(workload.depth, 20))
+    n_samples, n_classes, *inner = workload.shape
+    shape = (min(n_samples, 4), min(n_classes, 50), *(3 for _ in inner))
+    return dataclasses.replace(workload, shape=shape, peers=PEERS)
 
 
 def row(peer: str, median_ms: float | None, workload: str = TINY.name, date: str = "2025-01-01", **changes) -> Row:
@@ -79,18 +89,27 @@ def test_workloads_are_distinct_and_their_goals_name_their_peers():
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
 def test_every_kind_of_workload_runs_and_its_peers_agree_with_float64(workload):
-    n_samples, n_classes, *inner = workload.shape
-    shape = (min(n_samples, 4), min(n_classes, 50), *(3 for _ in inner))
-    tiny = dataclasses.replace(workload, shape=shape, peers=PEERS)
-    rows = measure_workload(tiny, SECONDS, describe_machine(), 1e11, nothing)
-    assert [(r.peer, r.status) for r in rows] == [(peer, "ok") for peer in PEERS]
+    small = tiny(workload)
+    rows = measure_workload(small, SECONDS, describe_machine(), 1e11, nothing)
+    assert [(r.peer, r.status) for r in rows] == [(peer, "ok") for peer in small.peers]
     assert all(r.median_ms > 0 and r.p20_ms <= r.median_ms <= r.p80_ms for r in rows)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_compiled_peer_agrees_with_float64():
-    checks = check_peers(prepare(dataclasses.replace(TINY, peers=("compiled",))))
-    assert checks["compiled"].passed, checks["compiled"].status
+@pytest.mark.parametrize(("workload", "peers"), [(TINY, ["compiled"]), (TINY_NET, ["compiled", "bmm_compiled"])])
+def test_the_compiled_peers_agree_with_float64(workload, peers):
+    checks = check_peers(prepare(dataclasses.replace(workload, peers=tuple(peers))))
+    for peer in peers:
+        assert checks[peer].passed, checks[peer].status
+
+
+@pytest.mark.parametrize("output", ["z", "momentum", "backpropagated"])
+def test_a_wrong_step_is_noticed(output):
+    """One percent off in what a step adds, not in what was there before."""
+    expected = prepare(TINY_NET).expected()[output]
+    right, before = expected.value, 0.0 if output != "z" else decoupled_step.make_state(TINY_NET).z
+    assert relative_error(right, expected) == 0
+    assert relative_error(before + 1.01 * (right - before), expected) > expected.tolerance
 
 
 @pytest.mark.parametrize("kind", ["identity", "dense", "sparse", "label_smoothing"])
@@ -245,7 +264,7 @@ def test_the_table_goes_between_the_markers(tmp_path, monkeypatch):
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n**Some, CPU, 2 threads, AVX2**") and text.endswith(f"\n{END}\nafter\n")
     assert "| dense H, 6 x 5 | 1.25 | 16.0 (8.0x) | 6.00 (3.0x) | **2.00** | 1.60 |" in text
-    assert "| ≥ 7x PyTorch eager: 8.00 ✓; ≤ 1.6 copies: 1.60 ✓ |" in text
+    assert "| ≥ 7x PyTorch eager: 8.00 ✓; ≤ 1.6x copy of the logits: 1.60 ✓ |" in text
     assert "old" not in text
     update_readme(readme, tmp_path)
     assert readme.read_text(encoding="utf-8") == text
@@ -285,6 +304,23 @@ def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     draw([*RUN[:2], row("ours", None)], [TINY], tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_against_depth_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    sweep = [workload for workload in WORKLOADS if isinstance(workload, DecoupledStepWorkload) and workload.is_sweep]
+    rows = [row(peer, 2.0, workload=workload.name) for workload in sweep for peer in ("eager", "ours")]
+    draw_depths([*rows[:-1], row("ours", None, workload=sweep[-1].name)], sweep, tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_section_of_a_device_has_a_table_and_a_picture_for_every_operation():
+    run = [*RUN, row("copy", 1.0, workload=TINY_NET.name), row("ours", 2.0, workload=TINY_NET.name)]
+    text = section(run, [TINY, TINY_NET])
+    assert "| loss + gradient | copy of the logits |" in text and "| one step of training | copy of z |" in text
+    for name in ("softmax_infogain", "decoupled_step"):
+        assert f"(bench/results/some-cpu-2-cores-avx2-{name}.png)" in text
+    assert "depth.png" not in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,6 @@
 """What is timed. One file per operation, with a function `prepare(workload)` that returns a `Problem`.
 
-Peers go by the same names everywhere:
-
-    copy       a copy of the largest input into memory that is there already: the unit for memory-bound work
-    eager      what a user of PyTorch writes
-    compiled   the same under torch.compile
-    ours       lgd_kernels
+Peers go by the same names everywhere; see operations.py for what they are.
 """
 
 from __future__ import annotations
@@ -15,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from bench.workloads import Workload
 
-TITLES = {"copy": "copy of the logits", "eager": "PyTorch eager", "compiled": "torch.compile", "ours": "lgd_kernels"}
-
-Outputs = dict[str, Tensor | None]
+Outputs = dict[str, Tensor | Callable[[], Tensor] | None]  # a function: how to put it together, outside the time
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,14 @@ class Problem:
     flops: int
 
 
+def compiled(function: Callable) -> Callable:
+    """torch.compile, tuned, and without its reports on that. Without cudagraphs, which a CPU does not have."""
+    from torch._inductor import config, select_algorithm
+
+    config.max_autotune_report_choices_stats = select_algorithm.PRINT_AUTOTUNE = False
+    return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
 def prepare(workload: Workload) -> Problem:
     """The data, the peers and the right outputs of a workload."""
-    return importlib.import_module(f"bench.peers.{workload.operation}").prepare(workload)
+    return importlib.import_module(f"bench.peers.{workload.operation.name}").prepare(workload)
