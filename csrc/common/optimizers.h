@@ -14,6 +14,7 @@ inline namespace LGD_TARGET {
 template <typename V>
 struct UpdateNumbers {
   V lr, momentum, second_momentum, epsilon, l2, decay, root;
+  V rest, second_rest; // 1 - momentum and 1 - second_momentum, which cancel in single precision
 };
 
 // torch.optim.SGD without dampening: g += l2 w, v = momentum v + g, w -= lr v.
@@ -44,11 +45,10 @@ struct Adam {
   template <typename V>
   static LGD_HOST_DEVICE void step(const UpdateNumbers<V>& u, V g, V& w, V& first, V& second) {
     using E = Elementary<V>;
-    const V one = E::constant(1);
     w = w * u.decay;
     g = g + u.l2 * w;
-    first = first + (one - u.momentum) * (g - first);
-    second = u.second_momentum * second + (one - u.second_momentum) * g * g;
+    first = first + u.rest * (g - first);
+    second = u.second_momentum * second + u.second_rest * g * g;
     w = w - u.lr * (first / (E::sqrt(second) / u.root + u.epsilon));
   }
 };

@@ -21,8 +21,9 @@ void update(
   using Vec = Vectorized<Acc>;
   const auto all = [](double number) { return Vec(static_cast<Acc>(number)); };
   const Update& u = p.update;
-  const UpdateNumbers<Vec> numbers{all(u.lr),    all(u.momentum), all(u.second_momentum), all(u.epsilon), all(u.l2),
-                                   all(u.decay), all(u.root)};
+  const UpdateNumbers<Vec> numbers{all(u.lr),      all(u.momentum),     all(u.second_momentum),
+                                   all(u.epsilon), all(u.l2),           all(u.decay),
+                                   all(u.root),    all(1 - u.momentum), all(1 - u.second_momentum)};
   Acc* value = row_pointer<Acc>(p.value, row) + column;
   with_update_rule(update_rule, [&](auto rule) {
     using Rule = decltype(rule);

@@ -55,6 +55,20 @@ inline void for_pieces(int64_t begin, int64_t end, int64_t size, const Body& bod
   }
 }
 
+// C (m, n) = A B or C += A B for A (m, k), B (k, n), as multiply_tile; k may be 0.
+template <typename Acc>
+inline void multiply(
+    int64_t m, int64_t n, int64_t k, const Acc* a, int64_t a_stride, const Acc* b, int64_t b_stride, Acc* c,
+    int64_t c_stride, bool accumulate) {
+  if (k > 0) {
+    multiply_tile(m, n, k, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    return;
+  }
+  for (int64_t i = 0; i < m * n && !accumulate; ++i) {
+    c[i / n * c_stride + i % n] = 0;
+  }
+}
+
 // The activation stands before a layer's product or after it.
 inline int64_t phi_of(const LinearLayer& l) {
   return l.preactivation ? l.options.activation : 0;
@@ -85,7 +99,7 @@ inline void for_tiles_of_logits(const LinearLayer& l, int64_t begin, int64_t end
     transpose_matrix(row_pointer<Acc>(l.weight, first), l.weight.stride, outputs, l.d_in, weight_t, kPanel);
     const Acc* bias = l.bias.data == nullptr ? nullptr : row_pointer<Acc>(l.bias, 0) + first;
     for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
-      multiply_tile(
+      multiply(
           rows, outputs, l.d_in, row_pointer<Acc>(l.operand, row), l.operand.stride, weight_t, kPanel, product, kPanel,
           false);
       finish(Tile{row, rows, first, outputs}, [&](int64_t i, int64_t j, int64_t n) {
@@ -114,11 +128,11 @@ inline void for_tiles_of_input_gradient(
   for_pieces(0, l.d_in, kPanel, [&](int64_t first, int64_t inputs) {
     for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
       const Tile tile{row, rows, first, inputs};
-      for_pieces(0, l.d_out, kOutputs, [&](int64_t output, int64_t outputs) {
-        multiply_tile(
-            rows, inputs, outputs, row_pointer<Acc>(delta, row) + output, delta.stride,
+      for (int64_t output = 0; output == 0 || output < l.d_out; output += kOutputs) { // once even if d_out is 0
+        multiply(
+            rows, inputs, at_most(l.d_out - output, kOutputs), row_pointer<Acc>(delta, row) + output, delta.stride,
             row_pointer<Acc>(l.weight, output) + first, l.weight.stride, product, kPanel, output > 0);
-      });
+      }
       const auto z = read_tile<Acc>(l.z, tile, Scratch::SkipInput);
       const auto of_target = read_tile<Acc>(l.options.skip == 0 ? Matrix{} : q, tile, Scratch::Q);
       with_activation(phi_of(l), [&](auto phi) {
@@ -160,7 +174,7 @@ inline void for_panels_of_outputs(
         sums[i] += sum_of_run(delta_t + i * stride, samples);
       }
       for_pieces(0, columns, kInputs, [&](int64_t column, int64_t inputs) {
-        multiply_tile(
+        multiply(
             outputs, inputs, samples, delta_t, stride, row_pointer<Acc>(l.operand, sample) + column, l.operand.stride,
             products + column, columns, sample > 0);
       });

@@ -1,15 +1,15 @@
 """Layer-wise gradient decoupling: nets whose hidden values are variables of their own, one row per sample.
 
-step.py              decoupled_step_: one visit of a minibatch, in place and in one call
+decoupled_step.py    one visit of a minibatch, in place and in one call
 optimizer_state.py   the state of a torch.optim optimizer as that call takes it
 residual_net.py      a residual net as stacks of equal layers: fed forward, judged layer by layer, or visited
 hidden_gradient.py   the gradient of the energy in the hidden values
 step_size.py         the curvature of the energy in the hidden values, which sets the size of their steps
 """
 
+from lgd_kernels.decoupled.decoupled_step import decoupled_step_
 from lgd_kernels.decoupled.hidden_gradient import gradient_of_hidden
 from lgd_kernels.decoupled.residual_net import Batch, LinearStack, ResidualNet
-from lgd_kernels.decoupled.step import decoupled_step_
 from lgd_kernels.decoupled.step_size import largest_curvature
 
 __all__ = ["Batch", "LinearStack", "ResidualNet", "decoupled_step_", "gradient_of_hidden", "largest_curvature"]

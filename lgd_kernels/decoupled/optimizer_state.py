@@ -22,18 +22,24 @@ class Buffers(NamedTuple):
 
 
 class NextStep(NamedTuple):
-    """The next step of an optimizer for lists of parameters."""
+    """The next step of an optimizer for lists of parameters. Nothing has changed yet, in the optimizer or in .grad."""
 
     optimizer: Optimizer | None
     rule: int  # a position in reference.UPDATE_RULES
     buffers: list[Buffers]  # of every list
     numbers: list[float]  # `UpdateNumbers`, parameter by parameter, list by list
-    counts: list[Tensor]  # Adam's numbers of steps
+    counts: list[tuple[Tensor, int]]  # Adam's numbers of steps, and what they become
+    made: list[tuple[Tensor, str, Tensor]]  # (parameter, name, buffer) of the buffers that are new
 
     def done(self) -> None:
         """To be called once the step is made."""
-        for count in self.counts:
-            count += 1
+        for parameter, name, buffer in self.made:
+            if self.optimizer is None:
+                parameter.grad = buffer
+            else:
+                self.optimizer.state[parameter][name] = buffer
+        for count, value in self.counts:
+            count.fill_(value)
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # or torch's schedules warn that step() was not called before theirs
 
@@ -46,9 +52,7 @@ def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> Ne
     supported or a parameter that it does not know.
     """
     if optimizer is None:
-        gradients = [Buffers([_gradient_of(p) for p in of_list], []) for of_list in parameters]
-        numbers = [number for of_list in parameters for _ in of_list for number in UpdateNumbers()]
-        return NextStep(None, UPDATE_RULES.index("gradient"), gradients, numbers, [])
+        return _step_to_gradients(parameters)
     if type(optimizer) not in (SGD, Adam, AdamW):
         raise TypeError(
             f"optimizer: expected torch.optim's SGD, Adam or AdamW, got {type(optimizer).__name__}; for another one "
@@ -61,11 +65,19 @@ def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> Ne
     return _step_of_adam(optimizer, groups, parameters)
 
 
-def _gradient_of(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    if gradient is None or gradient.shape != parameter.shape or gradient.dtype != parameter.dtype:
-        gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False)
-    return gradient
+def _step_to_gradients(parameters: list[list[Tensor]]) -> NextStep:
+    buffers, made = [], []
+    for of_list in parameters:
+        gradients = []
+        for p in of_list:
+            gradient = p.grad
+            if gradient is None or gradient.shape != p.shape or gradient.dtype != p.dtype:
+                gradient = torch.empty_like(p, requires_grad=False)
+                made.append((p, "grad", gradient))
+            gradients.append(gradient)
+        buffers.append(Buffers(gradients, []))
+    numbers = [number for of_list in parameters for _ in of_list for number in UpdateNumbers()]
+    return NextStep(None, UPDATE_RULES.index("gradient"), buffers, numbers, [], made)
 
 
 def _check_options(optimizer: Optimizer) -> None:
@@ -84,48 +96,57 @@ def _group_of(parameter: Tensor, groups: dict[int, dict]) -> dict:
     return groups[id(parameter)]
 
 
-def _buffer(state: dict, name: str, parameter: Tensor) -> Tensor:
-    if state.get(name) is None:
-        state[name] = torch.zeros_like(parameter, requires_grad=False)
-    return state[name]
+def _buffer(optimizer: Optimizer, parameter: Tensor, name: str, made: list) -> Tensor:
+    """The optimizer's buffer, or a new one of zeros."""
+    buffer = optimizer.state.get(parameter, {}).get(name)
+    if buffer is None:
+        buffer = torch.zeros_like(parameter, requires_grad=False)
+        made.append((parameter, name, buffer))
+    return buffer
 
 
 def _step_of_sgd(optimizer: SGD, groups: dict[int, dict], parameters: list[list[Tensor]]) -> NextStep:
     with_momentum = any(group["momentum"] != 0 for group in optimizer.param_groups)
-    buffers, numbers = [], []
+    buffers, numbers, made = [], [], []
     for of_list in parameters:
         first = []
         for p in of_list:
             group = _group_of(p, groups)
             numbers += UpdateNumbers(float(group["lr"]), group["momentum"], l2=group["weight_decay"])
             if with_momentum:
-                first.append(_buffer(optimizer.state[p], "momentum_buffer", p))
+                first.append(_buffer(optimizer, p, "momentum_buffer", made))
         buffers.append(Buffers(first, []))
-    return NextStep(optimizer, UPDATE_RULES.index("momentum" if with_momentum else "sgd"), buffers, numbers, [])
+    return NextStep(optimizer, UPDATE_RULES.index("momentum" if with_momentum else "sgd"), buffers, numbers, [], made)
 
 
 def _step_of_adam(optimizer: Adam, groups: dict[int, dict], parameters: list[list[Tensor]]) -> NextStep:
-    buffers, numbers, counts = [], [], []
+    buffers, numbers, counts, made = [], [], [], []
     for of_list in parameters:
         first, second = [], []
         for p in of_list:
-            group, state = _group_of(p, groups), optimizer.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-            step, lr, (beta1, beta2) = float(state["step"]) + 1, float(group["lr"]), group["betas"]
-            beta1, beta2, decay = float(beta1), float(beta2), group["weight_decay"]
-            decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-            numbers += UpdateNumbers(
-                lr=lr / (1 - beta1**step),
-                momentum=beta1,
-                second_momentum=beta2,
-                epsilon=group["eps"],
-                l2=0.0 if decoupled else decay,
-                decay=1 - lr * decay if decoupled else 1.0,
-                root=(1 - beta2**step) ** 0.5,
-            )
-            first.append(_buffer(state, "exp_avg", p))
-            second.append(_buffer(state, "exp_avg_sq", p))
-            counts.append(state["step"])
+            group, count = _group_of(p, groups), optimizer.state.get(p, {}).get("step")
+            if count is None:
+                count = torch.zeros((), dtype=torch.float32)
+                made.append((p, "step", count))
+            step = int(count) + 1
+            counts.append((count, step))
+            numbers += _numbers_of_adam(group, step, isinstance(optimizer, AdamW))
+            first.append(_buffer(optimizer, p, "exp_avg", made))
+            second.append(_buffer(optimizer, p, "exp_avg_sq", made))
         buffers.append(Buffers(first, second))
-    return NextStep(optimizer, UPDATE_RULES.index("adam"), buffers, numbers, counts)
+    return NextStep(optimizer, UPDATE_RULES.index("adam"), buffers, numbers, counts, made)
+
+
+def _numbers_of_adam(group: dict, step: int, is_adamw: bool) -> UpdateNumbers:
+    lr, decay = float(group["lr"]), group["weight_decay"]
+    beta1, beta2 = map(float, group["betas"])
+    decoupled = is_adamw or group.get("decoupled_weight_decay", False)
+    return UpdateNumbers(
+        lr=lr / (1 - beta1**step),
+        momentum=beta1,
+        second_momentum=beta2,
+        epsilon=group["eps"],
+        l2=0.0 if decoupled else decay,
+        decay=1 - lr * decay if decoupled else 1.0,
+        root=(1 - beta2**step) ** 0.5,
+    )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lgd_kernels import ops
-from lgd_kernels.decoupled.step import decoupled_step_
+from lgd_kernels.decoupled.decoupled_step import decoupled_step_
 from lgd_kernels.infogain import Infogain
 from lgd_kernels.reference.activations import ACTIVATIONS, IDENTITY, SQUARED, activate
 
@@ -114,7 +114,7 @@ class ResidualNet:
         z and multiplier: (depth, n, width). options: rho, steps, step_size, dual_step.
         """
         stacks = (self.first, self.hidden, self.output)
-        energies, (residual,) = decoupled_step_(
+        return decoupled_step_(
             batch.x,
             z,
             [stack.weight for stack in stacks],
@@ -130,4 +130,3 @@ class ResidualNet:
             return_residual=True,
             **options,
         )
-        return energies, residual

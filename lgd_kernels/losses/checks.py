@@ -39,12 +39,12 @@ def check_alike(tensors: dict[str, Tensor | None], autocast: bool) -> None:
             raise TypeError(f"{name}: has dtype {x.dtype}, but {first_name} has dtype {first.dtype}")
 
 
-def _for_every_layer(name: str, value, n_layers: int) -> list:
-    """One value for all layers, or a list with one per layer, as a list."""
+def _for_every_layer(name: str, value, n_layers: int, layers: str = "layers") -> list:
+    """One value for all layers, or a list with one per layer, as a list. layers: what messages call them."""
     if not isinstance(value, (list, tuple)):
         return [value] * n_layers
     if len(value) != n_layers:
-        raise ValueError(f"{name}: has {len(value)} values, but there are {n_layers} layers")
+        raise ValueError(f"{name}: has {len(value)} values, but there are {n_layers} {layers}")
     return list(value)
 
 
@@ -55,14 +55,16 @@ def activation_codes(activation: str | Sequence[str], n_layers: int) -> list[int
 
 def hidden_loss_code(hidden_loss: str, kappa: float) -> int:
     """The name of a hidden loss as the code of the ops."""
+    if isinstance(kappa, bool) or not isinstance(kappa, (int, float)):
+        raise TypeError(f"kappa: expected a number, got {type(kappa).__name__}")
     if not kappa > 0:
         raise ValueError(f"kappa: must be positive, got {kappa}")
     return one_of("hidden_loss", hidden_loss, HIDDEN_LOSSES)
 
 
-def layer_numbers(name: str, value: float | Sequence[float], n_layers: int) -> list[float]:
+def layer_numbers(name: str, value: float | Sequence[float], n_layers: int, layers: str = "layers") -> list[float]:
     """A finite number for every layer."""
-    numbers = _for_every_layer(name, value, n_layers)
+    numbers = _for_every_layer(name, value, n_layers, layers)
     for number in numbers:
         if not isinstance(number, (int, float)):
             raise TypeError(f"{name}: expected a number, or a list with one per layer, got {type(number).__name__}")
@@ -71,9 +73,9 @@ def layer_numbers(name: str, value: float | Sequence[float], n_layers: int) -> l
     return [float(number) for number in numbers]
 
 
-def weights_of_energy(rho: float | Sequence[float], n_layers: int) -> list[float]:
+def weights_of_energy(rho: float | Sequence[float], n_layers: int, layers: str = "layers") -> list[float]:
     """rho of every layer: finite and not negative."""
-    numbers = layer_numbers("rho", rho, n_layers)
+    numbers = layer_numbers("rho", rho, n_layers, layers)
     for number in numbers:
         if number < 0:
             raise ValueError(f"rho: must not be negative, got {number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def decoupled_step_(
     skip: float | Sequence[float] = 0.0,
     branch_scale: float | Sequence[float] = 1.0,
     return_residual: bool = False,
-) -> Tensor | tuple[Tensor, list[Tensor]]:
+) -> Tensor | tuple[Tensor, Stacks]:
     """One visit of a minibatch: moves its hidden values z and multipliers, then the parameters, all of them in place.
 
     A net of T layers, z_0 = x, and every sample has trainable values z_1 .. z_(T-1) of its own:
@@ -101,13 +102,14 @@ def decoupled_step_(
         preactivation: whether the activation is phi, else it is f.
         hidden_loss, kappa: L_h, as in `decoupled_linear_loss`.
         rho: a number, or one for each of the T-1 hidden values.
-        skip: c, a number for all layers but the first and the last, which have none; or a list of T numbers.
+        skip: c, a number for all layers but the first and the last, which have none; or a list of T numbers, of which
+            the last one must be 0 for the head "softmax_infogain".
         branch_scale: s, a number, or a list of T.
         return_residual: also return the final e_t.
 
     Returns:
         The energies of the T layers (T,) before the step of the parameters, in float64 for float64 and in float32
-        otherwise: sums over the samples; the last one is the loss. With return_residual also a list of e_t like z.
+        otherwise: sums over the samples; the last one is the loss. With return_residual also the final e_t, like z.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device, value or name; memory that two of
@@ -117,7 +119,7 @@ def decoupled_step_(
     check_tensor("x", x, (2,))
     squared = one_of("head", head, HEADS) == HEADS.index("squared")
     hidden = {
-        name: [] if stacks is None else _stacks(name, stacks, 2, x, x.dtype)
+        name: [] if stacks is None and name != "z" else _stacks(name, stacks, 2, x, x.dtype)
         for name, stacks in (("z", z), ("multiplier", multiplier), ("velocity", velocity))
     }
     of_parameters = accumulation_dtype(x.dtype)
@@ -142,6 +144,7 @@ def decoupled_step_(
     plan = _plan_of(shapes, options)
     labels, parts = _check_head(x, target, squared, H, plan.n_outputs)
     _check_numbers(steps, step_size, z_momentum, dual_step, ignore_index)
+    check_bool("preactivation", preactivation)
     check_bool("return_residual", return_residual)
     if z_momentum != 0 and velocity is None:
         raise ValueError(f"velocity: is needed for z_momentum {z_momentum}, got None")
@@ -164,7 +167,7 @@ def decoupled_step_(
         )
         step.done()
     torch.autograd.graph.increment_version(tensor for stacks in (*hidden.values(), *changed) for tensor in stacks)
-    return (energies, residual) if return_residual else energies
+    return (energies, _like(z, residual)) if return_residual else energies
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,6 +182,13 @@ def _listed(stacks: Stacks) -> list[Tensor]:
 def _as_stack(tensor: Tensor, dim: int) -> Tensor:
     """A stack of layers of `dim` dimensions; of one layer, if the tensor is that."""
     return tensor.unsqueeze(0) if tensor.dim() == dim else tensor
+
+
+def _like(given: Stacks, stacks: list[Tensor]) -> Stacks:
+    """The stacks in the form in which their like was given."""
+    if isinstance(given, Tensor):
+        return stacks[0]
+    return [stack.view(like.shape) for stack, like in zip(stacks, given, strict=True)]
 
 
 def _stacks(name: str, value: Stacks, dim: int, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -262,15 +272,14 @@ def _plan(shapes: _Shapes, options: _Options) -> _Plan:
         if given is not None:
             because = f"for x of shape {tuple(shapes.x)} and {T} layers of weight"
             _check_layers(name, given, [(shapes.x[0], d) for d in sizes[1:-1]], because)
-    check_bool("preactivation", options.preactivation)
-    rhos = weights_of_energy(options.rho, T - 1)
+    rhos = weights_of_energy(options.rho, T - 1, "hidden values")
     of_op = (
         _activations(options, T),
         options.preactivation,
         hidden_loss_code(options.hidden_loss, options.kappa),
         float(options.kappa),
         [*rhos, 1.0],
-        _skips(options.skip, sizes),
+        _skips(options, sizes),
         layer_numbers("branch_scale", options.branch_scale, T),
     )
     return _Plan(sizes[-1], of_op, 0.5 * min(rhos, default=0.0))
@@ -318,16 +327,20 @@ def _activations(options: _Options, T: int) -> list[int]:
     return codes
 
 
-def _skips(skip: float | tuple[float, ...], sizes: list[int]) -> list[float]:
+def _skips(options: _Options, sizes: list[int]) -> list[float]:
     """The skip coefficients of all layers. A single number leaves out the first and the last layer."""
-    numbers = layer_numbers("skip", skip, len(sizes) - 1)
-    if not isinstance(skip, tuple):
+    numbers = layer_numbers("skip", options.skip, len(sizes) - 1)
+    if not isinstance(options.skip, tuple):
         numbers[0] = numbers[-1] = 0.0
     for t, c in enumerate(numbers):
         if c != 0 and sizes[t] != sizes[t + 1]:
             raise ValueError(
                 f"skip: is {c} for layer {t}, which needs d_in == d_out, got {sizes[t]} and {sizes[t + 1]}"
             )
+    if not options.squared and numbers[-1] != 0:
+        raise ValueError(
+            f"skip: the last layer's must be 0 for head='softmax_infogain', which takes raw logits, got {numbers[-1]}"
+        )
     return numbers
 
 
@@ -365,7 +378,7 @@ def _check_numbers(steps: int, step_size: float, z_momentum: float, dual_step: f
     check_int("ignore_index", ignore_index)
     numbers = {"steps": steps, "step_size": step_size, "z_momentum": z_momentum, "dual_step": dual_step}
     for name, number in numbers.items():
-        if number is not None:
+        if number is not None or name != "dual_step":
             check_number(name, number)
             if number < 0:
                 raise ValueError(f"{name}: must not be negative, got {number}")
@@ -399,6 +412,11 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
     if a_end <= b_begin or b_end <= a_begin:
         return False
+    period = math.gcd(*a.stride()[:-1], *b.stride()[:-1])  # the rows of samples side by side, each with all its layers
+    if period > 0 and a.stride(-1) == b.stride(-1) == 1:
+        a_first, b_first = a_begin % period, b_begin % period
+        if a_first + a.shape[-1] <= b_first or b_first + b.shape[-1] <= a_first:
+            return max(a_first + a.shape[-1], b_first + b.shape[-1]) > period
     places = torch.arange(max(a_end, b_end))  # interleaved, perhaps
     of_a = places.as_strided(a.shape, a.stride(), a.storage_offset()).reshape(-1)
     of_b = places.as_strided(b.shape, b.stride(), b.storage_offset()).reshape(-1)
