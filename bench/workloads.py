@@ -88,7 +88,7 @@ def _decoupled(depth: int, width: int, n_samples: int, times: float) -> Decouple
     return DecoupledStepWorkload(depth, width, n_samples, goals=goals)
 
 
-SHALLOW, SWEEP_WIDTH, SWEEP_ROWS = 8, 128, 8192  # the least depth of the sweep; width; layers times samples
+SHALLOW, SWEEP_WIDTH, SWEEP_ROWS = 8, 128, 32768  # the least depth of the sweep; width; layers times samples
 
 
 def _sweep(depth: int) -> DecoupledStepWorkload:

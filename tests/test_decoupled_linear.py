@@ -220,6 +220,17 @@ def test_size_zero(backend, sizes):
         assert torch.equal(energies, torch.zeros(sizes[0], dtype=torch.float64))
     for grad, x in zip(torch.autograd.grad(energies.sum(), tensors), tensors, strict=True):
         assert grad.shape == x.shape and grad.isfinite().all()
+        if 0 in (*sizes[1:2], sizes[3]):
+            assert not grad.any()  # nothing depends on anything
+
+
+@by_preactivation
+@by_dtype
+@pytest.mark.parametrize(("d_in", "d_out"), [(0, 4), (3, 0)])
+def test_width_zero_after_other_layers(backend, d_in, d_out, dtype, preactivation):
+    """What other layers left in the working space does not show."""
+    check(make(2, 70, 5, 5, dtype), preactivation=preactivation)
+    check(make(2, 70, d_in, d_out, dtype), preactivation=preactivation)
 
 
 @by_preactivation

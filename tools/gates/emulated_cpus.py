@@ -10,12 +10,19 @@ from pathlib import Path
 from tools.gates.common import ROOT, build, pytest_command, run, summary, tool
 
 CPUS = {"EPYC-Milan": "AVX2", "IvyBridge": "DEFAULT"}  # what each must be taken for; IvyBridge has AVX, not AVX2
-TESTS = ("test_softmax_infogain.py", "test_local_residual.py", "test_decoupled_linear.py", "test_bad_input.py")
+TESTS = (
+    "test_softmax_infogain.py",
+    "test_local_residual.py",
+    "test_decoupled_linear.py",
+    "test_decoupled_step.py",
+    "test_bad_input.py",
+)
 # minutes long under emulation, or about other processes
 EXPRESSION = (
     "(test_softmax_infogain and not bits_of_a_long_row) or label_out_of_range "
     "or ((test_local_residual or test_decoupled_linear) "
-    "and (energies_and_gradients or of_their_own or strides or nan_goes_through))"
+    "and (energies_and_gradients or of_their_own or strides or nan_goes_through)) "
+    "or (test_decoupled_step and (of_their_own or beyond_a_tile or with_an_optimizer))"
 )
 
 

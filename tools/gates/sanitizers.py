@@ -18,13 +18,15 @@ TESTS = (
     "test_complaints.py",
     "test_local_residual.py",
     "test_decoupled_linear.py",
+    "test_decoupled_step.py",
+    "test_decoupled_step_bad_input.py",
     "test_properties.py",
 )
 # inputs beyond 2^31 elements, compilers started by torch.compile, new processes and memory that the sanitizer itself
 # takes are other tests' business
 EXPRESSION = (
     "not complaint_07 and not compiled_function and not when_compiled and not test_compile and not environment and not "
-    "256_megabytes"
+    "256_megabytes and not resident_set and not inside_a_compiled"
 )
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # libstdc++: ASan must find __cxa_throw when it starts
 
