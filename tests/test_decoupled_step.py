@@ -258,6 +258,14 @@ def test_sizes_beyond_a_tile(backend, preactivation):
     check(tensors, preactivation=preactivation, step_size=0.1, rule="momentum")
 
 
+@by_preactivation
+@pytest.mark.parametrize("n", [9, 300])
+def test_deep_nets(backend, n, preactivation):
+    """So many layers that a thread takes several of them in a row, and moves their z as it goes."""
+    tensors = make((4, *[6] * 20, 3), n=n, velocity=True)
+    check(tensors, steps=2, z_momentum=0.5, dual_step=0.2, skip=1.0, branch_scale=0.3, preactivation=preactivation)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples in 16 bits
 # ---------------------------------------------------------------------------------------------------------------------
