@@ -17,9 +17,11 @@ struct UpdateNumbers {
   V rest, second_rest; // 1 - momentum and 1 - second_momentum, which cancel in single precision
 };
 
+// A rule says what it works on: the parameter itself, and its first and second buffer.
+
 // torch.optim.SGD without dampening: g += l2 w, v = momentum v + g, w -= lr v.
 struct Sgd {
-  static constexpr bool has_first = true, has_second = false;
+  static constexpr bool has_value = true, has_first = true, has_second = false;
   template <typename V>
   static LGD_HOST_DEVICE void step(const UpdateNumbers<V>& u, V g, V& w, V& first, V&) {
     g = g + u.l2 * w;
@@ -30,7 +32,7 @@ struct Sgd {
 
 // The same without momentum, and without its buffer.
 struct PlainSgd {
-  static constexpr bool has_first = false, has_second = false;
+  static constexpr bool has_value = true, has_first = false, has_second = false;
   template <typename V>
   static LGD_HOST_DEVICE void step(const UpdateNumbers<V>& u, V g, V& w, V&, V&) {
     w = w - u.lr * (g + u.l2 * w);
@@ -41,7 +43,7 @@ struct PlainSgd {
 // momentum) g, v = second_momentum v + (1 - second_momentum) g^2, w -= lr m / (sqrt(v) / root + epsilon), where lr and
 // root hold the corrections of the bias.
 struct Adam {
-  static constexpr bool has_first = true, has_second = true;
+  static constexpr bool has_value = true, has_first = true, has_second = true;
   template <typename V>
   static LGD_HOST_DEVICE void step(const UpdateNumbers<V>& u, V g, V& w, V& first, V& second) {
     using E = Elementary<V>;
@@ -55,7 +57,7 @@ struct Adam {
 
 // The gradient itself, put where the first buffer is.
 struct KeepGradient {
-  static constexpr bool has_first = true, has_second = false;
+  static constexpr bool has_value = false, has_first = true, has_second = false;
   template <typename V>
   static LGD_HOST_DEVICE void step(const UpdateNumbers<V>&, V g, V&, V& first, V&) {
     first = g;

@@ -30,7 +30,10 @@ void update(
     Acc* first = Rule::has_first ? row_pointer<Acc>(p.first, row) + column : nullptr;
     Acc* second = Rule::has_second ? row_pointer<Acc>(p.second, row) + column : nullptr;
     for_vectors<Acc>(count, [&](int64_t i, int64_t n) {
-      Vec w = Vec::loadu(value + i, n), m, v;
+      Vec w, m, v;
+      if constexpr (Rule::has_value) {
+        w = Vec::loadu(value + i, n);
+      }
       if constexpr (Rule::has_first) {
         m = Vec::loadu(first + i, n);
       }
@@ -38,7 +41,9 @@ void update(
         v = Vec::loadu(second + i, n);
       }
       Rule::step(numbers, Vec::loadu(gradient + i, n) * all(scale), w, m, v);
-      w.store(value + i, n);
+      if constexpr (Rule::has_value) {
+        w.store(value + i, n);
+      }
       if constexpr (Rule::has_first) {
         m.store(first + i, n);
       }
@@ -181,9 +186,7 @@ class Visit {
         io_.n_layers, kRows, [&](int64_t) { return n_samples_; },
         [&](int64_t t, int64_t begin, int64_t end) {
           ResidualIo io = io_.layers[t].io;
-          if (io_.layers[t].linear.options.skip == 0) {
-            io.q = {};
-          }
+          io.q = {}; // of no use to the parameters
           if (whole_layers_ && n_ranges_ == 1) {
             io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, io_.layers[t].linear.d_out);
           }

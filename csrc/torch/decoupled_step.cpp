@@ -107,13 +107,14 @@ class Workspace {
   int64_t used_ = 0;
 };
 
+constexpr int64_t kPlainSgd = 1, kAdam = 3;                         // positions in lgd_kernels.reference.UPDATE_RULES
 constexpr int64_t kUpdateNumbers = sizeof(Update) / sizeof(double); // of a stack of parameters, in `update_numbers`
 
 // The layers of stacks of parameters, with the buffers and numbers of the optimizer.
 class Parameters {
  public:
   Parameters(
-      const TensorList& value, const TensorList& first, const TensorList& second, const double* numbers,
+      const TensorList& value, const TensorList& first, const TensorList& second, int64_t rule, const double* numbers,
       const char* name)
       : values_(value, name), first_(first, name), second_(second, name) {
     for (const at::Tensor& stack : value) {
@@ -121,8 +122,8 @@ class Parameters {
       updates_.insert(updates_.end(), stack.size(0), update);
       numbers += kUpdateNumbers;
     }
-    first_.check_count(values_.size(), true);
-    second_.check_count(values_.size(), true);
+    first_.check_count(rule == kPlainSgd ? 0 : values_.size(), false);
+    second_.check_count(rule == kAdam ? values_.size() : 0, false);
   }
 
   const Layers& values() const { return values_; }
@@ -161,10 +162,10 @@ class Step {
         multiplier_(a.multiplier, "multiplier"),
         velocity_(a.velocity, "velocity"),
         residual_(a.residual, "residual"),
-        weight_(a.weight, a.weight_first, a.weight_second, a.update_numbers.data(), "weight"),
+        weight_(a.weight, a.weight_first, a.weight_second, a.update_rule, a.update_numbers.data(), "weight"),
         bias_(
-            bias_rows_, bias_first_rows_, bias_second_rows_, a.update_numbers.data() + kUpdateNumbers * a.weight.size(),
-            "bias"),
+            bias_rows_, bias_first_rows_, bias_second_rows_, a.update_rule,
+            a.update_numbers.data() + kUpdateNumbers * a.weight.size(), "bias"),
         n_layers_(weight_.values().size()),
         classes_(n_layers_ == 0 ? 0 : weight_.values().rows(n_layers_ - 1)),
         options_(layer_options(n_layers_, a.activation, a.rho, a.skip, a.branch_scale, dual_steps())),
@@ -210,9 +211,6 @@ class Step {
 
   void check() const {
     TORCH_CHECK_VALUE(n_layers_ > 0, "weight: expected at least 1 layer");
-    TORCH_CHECK_VALUE(
-        a_.update_numbers.size() == kUpdateNumbers * (a_.weight.size() + a_.bias.size()), "update_numbers: expected ",
-        kUpdateNumbers, " for each stack of parameters, got ", a_.update_numbers.size());
     z_.check_count(n_layers_ - 1, false);
     multiplier_.check_count(n_layers_ - 1, true);
     velocity_.check_count(n_layers_ - 1, true);
@@ -332,6 +330,12 @@ class Step {
 
 at::Tensor decoupled_step_(const DecoupledStepArguments& a) {
   TORCH_CHECK_VALUE(a.x.dim() == 2, "x: expected shape (n, d), got ", a.x.sizes());
+  TORCH_CHECK_VALUE(
+      a.update_numbers.size() == kUpdateNumbers * (a.weight.size() + a.bias.size()), "update_numbers: expected ",
+      kUpdateNumbers, " for each stack of parameters, got ", a.update_numbers.size());
+  TORCH_CHECK_VALUE(
+      a.squared_error || a.skip.empty() || a.skip.back() == 0,
+      "skip: the last layer's must be 0 for softmax_infogain, got ", a.skip.back());
   return a.x.scalar_type() == at::kDouble ? Step<double>(a).run() : Step<float>(a).run();
 }
 

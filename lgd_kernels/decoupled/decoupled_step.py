@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lgd_kernels import ops
 from lgd_kernels.arguments import check_bool, check_int, check_number, one_of
-from lgd_kernels.decoupled.optimizer_state import next_step
+from lgd_kernels.decoupled.optimizer_state import next_step, overlaps_itself
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.losses.checks import (
     activation_codes,
@@ -87,12 +87,13 @@ def decoupled_step_(
         step_size: of z; 1 / (the largest curvature of E in z) is stable, see `lgd_kernels.decoupled.largest_curvature`.
         steps: of z in this visit; 0 moves only the parameters.
         multiplier: lambda, like z; starts at 0 and belongs to the sample, like z. None: no multipliers.
-        dual_step: of the multipliers; at most rho is stable. None: half of the smallest rho.
+        dual_step: of the multipliers, if there are any; at most rho is stable. None: half of the smallest rho.
         velocity: v, like z; starts at 0. Needed where z_momentum is not 0.
         z_momentum: in [0, 1).
         optimizer: a torch.optim.SGD, Adam or AdamW that holds the very tensors of weight and bias. The step is fused
-            into the computation of the gradients; learning rate, buffers and everything else are the optimizer's own,
-            so that schedules and checkpoints work as ever. None: the gradients are put in `.grad`.
+            into the computation of the gradients; learning rate, buffers and step counts are the optimizer's own, so
+            that schedules and checkpoints work as ever (hooks of its step are not called). None: the gradients are put
+            in `.grad`, and weight and bias stay.
         head: the loss of the last layer. "softmax_infogain": `softmax_infogain_loss` of its raw logits with H, summed.
             "squared": half of the squared distance of its output to target.
         H: an `Infogain`; None is cross entropy.
@@ -138,20 +139,20 @@ def decoupled_step_(
             )
         ),
     )
-    options = _Options(
-        squared, *map(_hashable, (activation, preactivation, hidden_loss, kappa, rho, skip, branch_scale))
-    )
+    options = _Options(squared, *map(_hashable, (activation, preactivation, rho, skip, branch_scale)))
+    check_bool("preactivation", preactivation)
     plan = _plan_of(shapes, options)
     labels, parts = _check_head(x, target, squared, H, plan.n_outputs)
     _check_numbers(steps, step_size, z_momentum, dual_step, ignore_index)
-    check_bool("preactivation", preactivation)
+    loss = hidden_loss_code(hidden_loss, kappa)
     check_bool("return_residual", return_residual)
     if z_momentum != 0 and velocity is None:
         raise ValueError(f"velocity: is needed for z_momentum {z_momentum}, got None")
-    _check_memory({"x": [x], "target": [target]}, hidden | {"weight": weights, "bias": biases})
+    step = next_step(optimizer, [_listed(weight), [] if bias is None else _listed(bias)])
+    written = hidden | {"weight": weights, "bias": biases, "optimizer": [b for of in step.buffers for b in of.all()]}
+    _check_memory({"x": [x], "target": [target]}, written)
 
     with torch.no_grad():
-        step = next_step(optimizer, [_listed(weight), [] if bias is None else _listed(bias)])
         residual = [
             torch.empty(stack.shape, dtype=x.dtype, device=x.device) for stack in hidden["z"] if return_residual
         ]
@@ -161,12 +162,15 @@ def decoupled_step_(
         )
         changed = [weights, *of_weight, biases, *of_bias]
         energies = ops.decoupled_step_(
-            *(x, *hidden.values(), residual, *changed, labels, *parts, ignore_index, squared, *plan.options),
+            *(x, *hidden.values(), residual, *changed, labels, *parts, ignore_index, squared),
+            *(plan.activation, preactivation, loss, float(kappa), *plan.numbers),
             *(steps, step_size, z_momentum, plan.dual_step if dual_step is None else dual_step),
             *(step.rule, step.numbers),
         )
         step.done()
-    torch.autograd.graph.increment_version(tensor for stacks in (*hidden.values(), *changed) for tensor in stacks)
+    moved = [*of_weight, *of_bias] if optimizer is None else changed
+    moved = [*moved, *hidden.values()] if steps > 0 else moved
+    torch.autograd.graph.increment_version(tensor for stacks in moved for tensor in stacks)
     return (energies, _like(z, residual)) if return_residual else energies
 
 
@@ -205,7 +209,7 @@ def _stacks(name: str, value: Stacks, dim: int, x: Tensor, dtype: torch.dtype) -
             raise ValueError(f"{of_list}: is on {tensor.device}, but x is on {x.device}")
         if tensor.dtype != dtype:
             raise TypeError(f"{of_list}: has dtype {tensor.dtype}, expected {dtype} for x of dtype {x.dtype}")
-        if torch._debug_has_internal_overlap(tensor) == 1:
+        if overlaps_itself(tensor):
             raise ValueError(f"{of_list}: has elements that share their memory (strides {tensor.stride()})")
         stacks.append(_as_stack(tensor, dim))
     return stacks
@@ -233,8 +237,6 @@ class _Options(NamedTuple):
     squared: bool
     activation: str | tuple[str, ...]
     preactivation: bool
-    hidden_loss: str
-    kappa: float
     rho: float | tuple[float, ...]
     skip: float | tuple[float, ...]
     branch_scale: float | tuple[float, ...]
@@ -242,7 +244,8 @@ class _Options(NamedTuple):
 
 class _Plan(NamedTuple):
     n_outputs: int
-    options: tuple  # of the op, from activation to branch_scale
+    activation: list[int]
+    numbers: tuple[list[float], list[float], list[float]]  # rho, skip, branch_scale, layer by layer
     dual_step: float  # where none is given
 
 
@@ -257,9 +260,10 @@ def _hashable(value):
 def _plan_of(shapes: _Shapes, options: _Options) -> _Plan:
     """The plan, from the memory of earlier visits if it is there: 100 of 200 microseconds for 32 layers."""
     try:
-        return _remembered_plan(shapes, options)
-    except TypeError:  # what has no hash is no valid option: say so in its own words
+        hash(options)
+    except TypeError:  # what has no hash is no valid option: the plan says so in its own words
         return _plan(shapes, options)
+    return _remembered_plan(shapes, options)
 
 
 def _plan(shapes: _Shapes, options: _Options) -> _Plan:
@@ -273,19 +277,11 @@ def _plan(shapes: _Shapes, options: _Options) -> _Plan:
             because = f"for x of shape {tuple(shapes.x)} and {T} layers of weight"
             _check_layers(name, given, [(shapes.x[0], d) for d in sizes[1:-1]], because)
     rhos = weights_of_energy(options.rho, T - 1, "hidden values")
-    of_op = (
-        _activations(options, T),
-        options.preactivation,
-        hidden_loss_code(options.hidden_loss, options.kappa),
-        float(options.kappa),
-        [*rhos, 1.0],
-        _skips(options, sizes),
-        layer_numbers("branch_scale", options.branch_scale, T),
-    )
-    return _Plan(sizes[-1], of_op, 0.5 * min(rhos, default=0.0))
+    numbers = ([*rhos, 1.0], _skips(options, sizes), layer_numbers("branch_scale", options.branch_scale, T))
+    return _Plan(sizes[-1], _activations(options, T), numbers, 0.5 * min(rhos, default=0.0))
 
 
-_remembered_plan = functools.lru_cache(maxsize=128, typed=True)(_plan)
+_remembered_plan = functools.lru_cache(maxsize=128)(_plan)
 
 
 def _check_layers(name: str, stacks: tuple, shapes: list[tuple[int, ...]], because: str) -> None:
@@ -393,38 +389,47 @@ def _check_numbers(steps: int, step_size: float, z_momentum: float, dual_step: f
 
 def _check_memory(read: dict[str, list[Tensor]], written: dict[str, list[Tensor]]) -> None:
     """Nothing that is written shares memory with anything else."""
-    by_storage: dict[int, list[tuple[str, Tensor, bool]]] = {}
+    by_storage: dict[int, list[tuple[int, int, str, Tensor, bool]]] = {}
     for tensors, is_written in ((read, False), (written, True)):
         for name, of_name in tensors.items():
             for tensor in of_name:
                 if tensor.numel():
-                    place = tensor.untyped_storage().data_ptr()
-                    by_storage.setdefault(place, []).append((name, tensor, is_written))
+                    place = (*_extent(tensor), name, tensor, is_written)
+                    by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(place)
     for neighbours in by_storage.values():
-        for i, (name, a, a_written) in enumerate(neighbours):
-            for other, b, b_written in neighbours[:i]:
-                if (a_written or b_written) and _overlap(a, b):
-                    raise ValueError(f"{name}: shares memory with {other}, and decoupled_step_ writes in place")
+        if len(neighbours) > 1:
+            _check_neighbours(sorted(neighbours, key=lambda place: place[0]))
+
+
+def _check_neighbours(places: list[tuple[int, int, str, Tensor, bool]]) -> None:
+    """The same for tensors of one storage, in the order of their beginnings."""
+    open_places: list[tuple[int, int, str, Tensor, bool]] = []
+    for place in places:
+        begin, _, name, tensor, is_written = place
+        open_places = [other for other in open_places if other[1] > begin]
+        for _, _, other_name, other, other_is_written in open_places:
+            if (is_written or other_is_written) and _overlap(other, tensor):
+                raise ValueError(f"{name}: shares memory with {other_name}, and decoupled_step_ writes in place")
+        open_places.append(place)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage have an element in common."""
-    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
-    if a_end <= b_begin or b_end <= a_begin:
-        return False
-    period = math.gcd(*a.stride()[:-1], *b.stride()[:-1])  # the rows of samples side by side, each with all its layers
-    if period > 0 and a.stride(-1) == b.stride(-1) == 1:
-        a_first, b_first = a_begin % period, b_begin % period
-        if a_first + a.shape[-1] <= b_first or b_first + b.shape[-1] <= a_first:
-            return max(a_first + a.shape[-1], b_first + b.shape[-1]) > period
-    places = torch.arange(max(a_end, b_end))  # interleaved, perhaps
-    of_a = places.as_strided(a.shape, a.stride(), a.storage_offset()).reshape(-1)
-    of_b = places.as_strided(b.shape, b.stride(), b.storage_offset()).reshape(-1)
+    """Whether two tensors of one storage whose extents meet have a byte in common; yes if their dtypes differ."""
+    if a.element_size() != b.element_size():
+        return True
+    period = math.gcd(*a.stride()[:-1], *b.stride()[:-1])
+    if period > 0 and a.stride(-1) == b.stride(-1) == 1:  # rows side by side, as where each sample has all its layers
+        shift = (b.storage_offset() - a.storage_offset()) % period
+        if a.shape[-1] <= shift and shift + b.shape[-1] <= period:
+            return False
+    first = min(a.storage_offset(), b.storage_offset())
+    places = torch.arange(max(_extent(a)[1], _extent(b)[1]) // a.element_size() - first)
+    of_a, of_b = (places.as_strided(t.shape, t.stride(), t.storage_offset() - first).reshape(-1) for t in (a, b))
     return bool(torch.isin(of_a, of_b).any())
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The elements of its storage from the first to the one after the last."""
-    begin = tensor.storage_offset()
+    """The bytes of its storage from its first to the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + last + 1
+    begin = tensor.storage_offset()
+    return begin * tensor.element_size(), (begin + last + 1) * tensor.element_size()

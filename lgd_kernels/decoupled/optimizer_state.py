@@ -20,6 +20,9 @@ class Buffers(NamedTuple):
     first: list[Tensor]
     second: list[Tensor]
 
+    def all(self) -> list[Tensor]:
+        return [*self.first, *self.second]
+
 
 class NextStep(NamedTuple):
     """The next step of an optimizer for lists of parameters. Nothing has changed yet, in the optimizer or in .grad."""
@@ -42,6 +45,18 @@ class NextStep(NamedTuple):
             count.fill_(value)
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # or torch's schedules warn that step() was not called before theirs
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether several elements may lie in one place of memory."""
+    if tensor.is_contiguous():
+        return False
+    reach = 1  # elements that the smaller strides lead to
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return tensor.numel() > 0
+        reach += (size - 1) * stride
+    return False
 
 
 def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> NextStep:
@@ -71,7 +86,8 @@ def _step_to_gradients(parameters: list[list[Tensor]]) -> NextStep:
         gradients = []
         for p in of_list:
             gradient = p.grad
-            if gradient is None or gradient.shape != p.shape or gradient.dtype != p.dtype:
+            is_like = gradient is not None and (gradient.shape, gradient.dtype) == (p.shape, p.dtype)
+            if not is_like or overlaps_itself(gradient):
                 gradient = torch.empty_like(p, requires_grad=False)
                 made.append((p, "grad", gradient))
             gradients.append(gradient)
@@ -102,6 +118,8 @@ def _buffer(optimizer: Optimizer, parameter: Tensor, name: str, made: list) -> T
     if buffer is None:
         buffer = torch.zeros_like(parameter, requires_grad=False)
         made.append((parameter, name, buffer))
+    if overlaps_itself(buffer):
+        raise ValueError(f"optimizer: its {name} has elements that share their memory (strides {buffer.stride()})")
     return buffer
 
 
