@@ -34,10 +34,11 @@ def _peer_line(row: Row, peers: dict[str, Row]) -> str:
     if row.median_ms is None:
         return f"  {row.peer:13} {row.status}"
     ours, copy = peers["ours"].median_ms, peers["copy"].median_ms
+    error = "-" if row.error is None else f"{row.error:.1e}"
     faster = "" if row.peer == "ours" or ours is None else f"{row.median_ms / ours:.2f}x as fast"
     return (
         f"  {row.peer:13}{row.median_ms:11.4g}{row.p20_ms:9.4g}{row.p80_ms:9.4g}{row.ratio_to_floor:9.2f}"
-        f"{row.median_ms / copy:8.2f}{faster:>15}{row.error:10.1e}"
+        f"{row.median_ms / copy:8.2f}{faster:>15}{error:>10}"
     )
 
 

@@ -37,8 +37,8 @@ class Problem:
     """One workload with its data.
 
     calls: by peer; one call is what is timed, and returns its outputs by name. before_each_call: what each call needs
-    done first, outside the time. expected: computes the right outputs by name. copied_bytes: moved by one call of the
-    peer "copy". least_bytes, flops: what no implementation can do without.
+    done first, outside the time. expected: computes the right outputs by name, of the last of checked_calls calls.
+    copied_bytes: moved by one call of the peer "copy". least_bytes, flops: what no implementation can do without.
     """
 
     calls: dict[str, Callable[[], Outputs]]
@@ -47,6 +47,7 @@ class Problem:
     copied_bytes: int
     least_bytes: int
     flops: int
+    checked_calls: int = 1
 
 
 def compiled(function: Callable) -> Callable:
