@@ -94,13 +94,14 @@ def _label_axes(ax: Axes, shown: list[Workload], operation: Operation, row: Row)
     )
     heading = operation.heading[0].upper() + operation.heading[1:]
     title = f"{heading} on {row.cpu}, {row.threads} threads, {row.isa}"
-    rows_of_legend = -(-len(operation.shown) // 3)
+    columns = 3 if len(operation.shown) <= 3 else 2
+    rows_of_legend = -(-len(operation.shown) // columns)
     ax.set_title(title, loc="left", fontweight="bold", color=_INK, pad=12 + 18 * rows_of_legend)
     ax.legend(
         handles=[Patch(color=COLOURS[peer], label=operation.titles[peer]) for peer in operation.shown],
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
-        ncols=3,
+        ncols=columns,
         frameon=False,
         handlelength=1,
         handleheight=1,

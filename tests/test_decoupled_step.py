@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from cases import dtype_name
-from layer_oracle import ACTIVATIONS, HIDDEN_LOSSES, PLAIN, assert_layers
+from layer_oracle import ACTIVATIONS, HIDDEN_LOSSES, PLAIN
+from oracle import array
 from step_nets import (
     ALL,
     IN_PLACE,
@@ -38,6 +39,7 @@ from step_oracle import (
     step_of_parameters_,
     visit_,
 )
+from tolerance import accumulation_dtype, assert_accurate
 
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops, reference
@@ -123,7 +125,9 @@ def check(tensors, *, H=(None, None), rule="gradient", visits=1, **options):
         rounded = worst_error(yardstick, expected) if dtype.itemsize == 2 else 0.0
         for name, values in got.items():
             if values:
-                assert_quantity(values, expected[name], yardstick[name], rounded, dtype, f"visit {visit}, {name}")
+                terms = terms_of(name, expected)
+                what = f"visit {visit}, {name}"
+                assert_quantity(values, expected[name], yardstick[name], terms, rounded, dtype, what)
 
 
 def worst_error(plain, exact):
@@ -138,13 +142,24 @@ def worst_error(plain, exact):
     return max(errors)
 
 
-def assert_quantity(got, expected, plain, rounded, dtype, what):
-    """All layers at once: the error of plain PyTorch in a handful of numbers says little."""
+def terms_of(name, expected):
+    """What the values are sums of, where that may be larger than they are: z - zhat, and <lambda, e> in energies."""
+    if name == "residual":
+        return expected["z"]
+    if name == "energies":
+        return [np.abs(lambda_ * z).sum() for lambda_, z in zip(expected["multiplier"], expected["z"], strict=False)]
+    return []
+
+
+def assert_quantity(got, expected, plain, terms, rounded, dtype, what):
+    """All layers at once: the error of plain PyTorch in a handful of numbers says little. terms: what the values are
+    sums of, whose magnitude the errors of rounding are relative to."""
     got, plain = (torch.cat([v.flatten() for v in values]) for values in (got, plain))
     expected = np.concatenate([np.ravel(v) for v in expected])
     if rounded:
         plain = torch.from_numpy((expected + rounded * np.abs(expected).max()).astype(np.float64))
-    assert_layers(got, expected, plain, dtype, what)
+    scale = max(np.abs(np.ravel(v)).max(initial=0) for v in (expected, *terms))
+    assert_accurate(got, expected, array(plain), scale, accumulation_dtype(dtype), what)
 
 
 @by_dtype
