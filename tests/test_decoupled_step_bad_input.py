@@ -380,6 +380,36 @@ def test_shared_memory(backend, shifted, pair):
     assert_nothing_happens(tensors, ValueError, message, head="squared")
 
 
+def test_records_of_samples_behind_something_else(backend):
+    """Columns of one store that starts in the middle of its memory do not overlap."""
+    tensors = make((4, 4, 4, 4), n=4, head="squared")
+    columns = torch.randn(3 + 4 * 12, dtype=torch.float64)[3:].view(4, 12)
+    tensors["x"], tensors["z"] = columns[:, :4], [columns[:, 4:8], columns[:, 8:]]
+    step(tensors, head="squared")
+
+
+def test_memory_shared_across_dtypes(backend):
+    tensors = make((4, 4, 4), n=4, dtype=torch.bfloat16, head="squared")
+    memory = torch.zeros(64)
+    tensors["weight"][0] = memory[:16].view(4, 4)
+    tensors["z"][0] = memory.view(torch.bfloat16)[24:40].view(4, 4)
+    assert_nothing_happens(tensors, ValueError, r"z: shares memory with weight", head="squared")
+
+
+def test_gradients_alone_leave_the_version_of_parameters(backend):
+    tensors = net()
+    versions = [p._version for p in parameters(tensors)]
+    step(tensors)
+    assert [p._version for p in parameters(tensors)] == versions
+
+
+def test_a_gradient_that_overlaps_itself_is_replaced(backend):
+    tensors = net()
+    tensors["weight"][0].grad = torch.ones(()).expand(5, 3)
+    step(tensors)
+    assert tensors["weight"][0].grad.is_contiguous()
+
+
 def test_shared_memory_of_interleaved_views(backend):
     """Every other row, and rows of which one is among them."""
     tensors = make((4, 4, 4, 4), n=4, head="squared")
