@@ -53,8 +53,8 @@ def _time(peer: str, peers: dict[str, Row]) -> str:
 
 def _goal(verdict: Verdict, operation: Operation) -> str:
     goal = verdict.goal
-    title = operation.titles[goal.peer]
-    text = f"≥ {goal.times:g}x {title}" if isinstance(goal, AtLeast) else f"≤ {goal.times:g}x {title}"
+    sign = "≥" if isinstance(goal, AtLeast) else "≤"
+    text = f"{sign} {goal.times:g}x {operation.titles[goal.peer]}"
     measured = "" if verdict.ratio is None else f": {verdict.ratio:.2f}"
     return f"{text}{measured} {_MARK[verdict.met]}"
 

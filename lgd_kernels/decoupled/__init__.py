@@ -2,6 +2,7 @@
 
 decoupled_step.py    one visit of a minibatch, in place and in one call
 optimizer_state.py   the state of a torch.optim optimizer as that call takes it
+memory.py            whether tensors share memory
 residual_net.py      a residual net as stacks of equal layers: fed forward, judged layer by layer, or visited
 hidden_gradient.py   the gradient of the energy in the hidden values
 step_size.py         the curvature of the energy in the hidden values, which sets the size of their steps

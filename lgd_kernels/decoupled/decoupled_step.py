@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,8 @@ from torch.optim import Optimizer
 
 from lgd_kernels import ops
 from lgd_kernels.arguments import check_bool, check_int, check_number, one_of
-from lgd_kernels.decoupled.optimizer_state import next_step, overlaps_itself
+from lgd_kernels.decoupled.memory import check_memory, overlaps_itself
+from lgd_kernels.decoupled.optimizer_state import next_step
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.losses.checks import (
     activation_codes,
@@ -150,7 +150,7 @@ def decoupled_step_(
         raise ValueError(f"velocity: is needed for z_momentum {z_momentum}, got None")
     step = next_step(optimizer, [_listed(weight), [] if bias is None else _listed(bias)])
     written = hidden | {"weight": weights, "bias": biases, "optimizer": [b for of in step.buffers for b in of.all()]}
-    _check_memory({"x": [x], "target": [target]}, written)
+    check_memory({"x": [x], "target": [target]}, written)
 
     with torch.no_grad():
         residual = [
@@ -380,56 +380,3 @@ def _check_numbers(steps: int, step_size: float, z_momentum: float, dual_step: f
                 raise ValueError(f"{name}: must not be negative, got {number}")
     if z_momentum >= 1:
         raise ValueError(f"z_momentum: must be less than 1, got {z_momentum}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _check_memory(read: dict[str, list[Tensor]], written: dict[str, list[Tensor]]) -> None:
-    """Nothing that is written shares memory with anything else."""
-    by_storage: dict[int, list[tuple[int, int, str, Tensor, bool]]] = {}
-    for tensors, is_written in ((read, False), (written, True)):
-        for name, of_name in tensors.items():
-            for tensor in of_name:
-                if tensor.numel():
-                    place = (*_extent(tensor), name, tensor, is_written)
-                    by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(place)
-    for neighbours in by_storage.values():
-        if len(neighbours) > 1:
-            _check_neighbours(sorted(neighbours, key=lambda place: place[0]))
-
-
-def _check_neighbours(places: list[tuple[int, int, str, Tensor, bool]]) -> None:
-    """The same for tensors of one storage, in the order of their beginnings."""
-    open_places: list[tuple[int, int, str, Tensor, bool]] = []
-    for place in places:
-        begin, _, name, tensor, is_written = place
-        open_places = [other for other in open_places if other[1] > begin]
-        for _, _, other_name, other, other_is_written in open_places:
-            if (is_written or other_is_written) and _overlap(other, tensor):
-                raise ValueError(f"{name}: shares memory with {other_name}, and decoupled_step_ writes in place")
-        open_places.append(place)
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage whose extents meet have a byte in common; yes if their dtypes differ."""
-    if a.element_size() != b.element_size():
-        return True
-    period = math.gcd(*a.stride()[:-1], *b.stride()[:-1])
-    if period > 0 and a.stride(-1) == b.stride(-1) == 1:  # rows side by side, as where each sample has all its layers
-        shift = (b.storage_offset() - a.storage_offset()) % period
-        if a.shape[-1] <= shift and shift + b.shape[-1] <= period:
-            return False
-    first = min(a.storage_offset(), b.storage_offset())
-    places = torch.arange(max(_extent(a)[1], _extent(b)[1]) // a.element_size() - first)
-    of_a, of_b = (places.as_strided(t.shape, t.stride(), t.storage_offset() - first).reshape(-1) for t in (a, b))
-    return bool(torch.isin(of_a, of_b).any())
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage from its first to the one after its last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = tensor.storage_offset()
-    return begin * tensor.element_size(), (begin + last + 1) * tensor.element_size()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lgd_kernels.decoupled.memory import overlaps_itself
 from lgd_kernels.reference import UPDATE_RULES, UpdateNumbers
 
 _UNSUPPORTED = ("nesterov", "amsgrad", "maximize", "dampening")  # options that must be off
@@ -45,18 +46,6 @@ class NextStep(NamedTuple):
             count.fill_(value)
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # or torch's schedules warn that step() was not called before theirs
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether several elements may lie in one place of memory."""
-    if tensor.is_contiguous():
-        return False
-    reach = 1  # elements that the smaller strides lead to
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < reach:
-            return tensor.numel() > 0
-        reach += (size - 1) * stride
-    return False
 
 
 def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> NextStep:

@@ -125,21 +125,20 @@ def decoupled_step_(
     def judge(t: int, inputs: Tensor, dual: float) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """(energy, e, q, delta) of layer t."""
         phi, f = functions_of(activation[t], preactivation)
-        a = layer_logits(inputs, weights[t], biases[t], phi, branch_scale[t])
-        if t == n_layers - 1 and not squared_error:
+        a, is_last = layer_logits(inputs, weights[t], biases[t], phi, branch_scale[t]), t == n_layers - 1
+        if is_last and not squared_error:
             ones = torch.ones_like(target, dtype=accumulate).unsqueeze(1)
             rows = (a.unsqueeze(2), target.unsqueeze(1), *parts, ignore_index, 0.0)
             loss, _, delta, _ = softmax_infogain(*rows, ones, False, False)
             return loss.sum(), None, None, delta.squeeze(2)
-        if t == n_layers - 1:
-            e = layer_residual(a, target.to(accumulate), inputs, f, skip[t])
+        e = layer_residual(a, (target if is_last else hidden[t]).to(accumulate), inputs, f, skip[t])
+        if is_last:
             energy, q = layer_energy(e, None, SQUARED, 1.0, 1.0, 0.0)
-            return energy, e, q, times_derivative(f, a, -q)
-        e = layer_residual(a, hidden[t].to(accumulate), inputs, f, skip[t])
-        if lambdas and dual != 0:
-            lambdas[t].add_(dual * e)
-        lambda_ = lambdas[t].to(accumulate) if lambdas else None
-        energy, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], 0.0)
+        else:
+            if lambdas and dual != 0:
+                lambdas[t].add_(dual * e)
+            lambda_ = lambdas[t].to(accumulate) if lambdas else None
+            energy, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], 0.0)
         return energy, e, q, times_derivative(f, a, -q)
 
     def forward(k: int) -> tuple[list[Tensor], list]:
