@@ -53,7 +53,8 @@ class State:
 
 @dataclass
 class Options:
-    """One entry per layer in every list; H is a dense matrix."""
+    """One entry per layer in every list; H is a dense matrix. operands: what phi(z), W and m are rounded to for the
+    products and for the gradient of the bias, in the exact judgement; None for not at all."""
 
     step_size: float
     steps: int
@@ -69,6 +70,12 @@ class Options:
     rho: list[float]
     skip: list[float]
     branch_scale: list[float]
+    operands: torch.dtype | None = None
+
+    def as_operand(self, values: Array) -> Array:
+        if self.operands is None:
+            return values
+        return array(torch.from_numpy(values.astype(np.float64)).to(self.operands))
 
     def phi(self, t: int) -> str:
         return self.activation[t] if self.preactivation else "identity"
@@ -95,6 +102,7 @@ def spelled_out(
     rho: float | Sequence[float] = 1.0,
     skip: float | Sequence[float] = 0.0,
     branch_scale: float | Sequence[float] = 1.0,
+    operands: torch.dtype | None = None,
 ) -> Options:
     """The options of decoupled_step_, with its defaults."""
     if isinstance(activation, str):
@@ -118,6 +126,7 @@ def spelled_out(
         rho=rho,
         skip=list(skip),
         branch_scale=list(branch_scale) if isinstance(branch_scale, Sequence) else [branch_scale] * T,
+        operands=operands,
     )
 
 
@@ -157,9 +166,10 @@ def _exact_head(target: Array, zhat: Array, o: Options) -> tuple[Array, Array]:
 def exact_judgement(s: State, o: Options) -> Judgement:
     T, z = len(s.weight), [s.x, *s.z]
     energies, e, q, m, phi_z = [], [None], [None], [None], []
+    weight = [o.as_operand(w) for w in s.weight]
     for t in range(T):
-        phi_z.append(EXACT[o.phi(t)][0](z[t]))
-        a = o.branch_scale[t] * phi_z[t] @ s.weight[t].T + (0 if s.bias is None else s.bias[t])
+        phi_z.append(o.as_operand(EXACT[o.phi(t)][0](z[t])))
+        a = o.branch_scale[t] * phi_z[t] @ weight[t].T + (0 if s.bias is None else s.bias[t])
         zhat = o.skip[t] * z[t] + EXACT[o.f(t)][0](a) if o.skip[t] else EXACT[o.f(t)][0](a)
         if t == T - 1:
             energy, q_above = _exact_head(s.target, zhat, o)
@@ -170,10 +180,10 @@ def exact_judgement(s: State, o: Options) -> Judgement:
             energy, q_above = (o.rho[t] * loss + lambda_ * e[-1]).sum(), o.rho[t] * pull + lambda_
         energies.append(energy)
         q.append(q_above)
-        m.append(q_above * EXACT[o.f(t)][1](a))
+        m.append(o.as_operand(q_above * EXACT[o.f(t)][1](a)))
 
     def of_z(t: int) -> Array:
-        by_branch = o.branch_scale[t] * EXACT[o.phi(t)][1](z[t]) * (m[t + 1] @ s.weight[t])
+        by_branch = o.branch_scale[t] * EXACT[o.phi(t)][1](z[t]) * (m[t + 1] @ weight[t])
         return q[t] - by_branch - (o.skip[t] * q[t + 1] if o.skip[t] else 0)
 
     return Judgement(

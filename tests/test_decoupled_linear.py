@@ -529,6 +529,49 @@ def test_the_gradient_of_a_narrower_bias_sums_what_is_not_rounded(backend):
     assert torch.equal(grad_bias, exact.bfloat16())
 
 
+# Odd widths, for which no product runs in bfloat16; partial tiles; sums longer than a piece, of an odd number of samples.
+BFLOAT16_SIZES = [
+    (2, 1, 2, 2),
+    (2, 7, 5, 3),
+    (3, 33, 66, 18),
+    (1, 66, 130, 4),
+    (1, 301, 40, 70),
+    (2, 3, 6, 1030),
+    (1, 4, 1030, 6),
+]
+
+
+def worst_of_product(got, a, b, scale):
+    """The largest error of got = scale * a @ b, relative to the float32 errors that such sums may have."""
+    a, b = a.double(), b.double()
+    rounding = torch.finfo(got.dtype).eps * (a @ b).abs() + torch.finfo(torch.float32).eps * a.shape[-1] ** 0.5 * (
+        a.abs() @ b.abs()
+    )
+    return float(((got.double() / scale - a @ b).abs() / rounding.clamp_min(1e-30)).max())
+
+
+@pytest.mark.parametrize("sizes", BFLOAT16_SIZES, ids=str)
+@pytest.mark.parametrize("library", [True, False], ids=["with oneDNN", "without"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_products_of_bfloat16(backend, dtype, library, sizes):
+    """All three of them, for weights in bfloat16: exact but for the sums in float32."""
+    T, n, d_in, d_out = sizes
+    z, target, delta = torch.randn(T, n, d_in), torch.randn(T, n, d_out), torch.randn(T, n, d_out)
+    z, target, delta = z.to(dtype), target.to(dtype), delta.to(dtype)
+    weight = torch.randn(T, d_out, d_in).bfloat16()
+    operand, rounded = z.bfloat16(), delta.bfloat16()
+    per_layer = ([0.0] * T, [0.5] * T)  # skip, branch_scale
+    with torch.backends.mkldnn.flags(enabled=library):
+        options = ([0] * T, False, 0, 1.0, [1.0] * T, *per_layer, [0.0] * T, True, False)
+        _, e, _, _ = ops.decoupled_linear(z, weight, None, torch.zeros_like(target), None, *options)
+        given = (z, weight, delta, target, None, [0] * T, False, *per_layer)
+        grad_z, grad_weight, grad_bias = ops.decoupled_linear_backward(*given, True, True, True)
+    assert worst_of_product(e, operand, weight.mT, -0.5) < 1
+    assert worst_of_product(grad_z, rounded, weight, 0.5) < 1
+    assert worst_of_product(grad_weight, rounded.mT, operand, 0.5) < 1
+    assert worst_of_product(grad_bias.unsqueeze(2), delta.mT, torch.ones(T, n, 1), 1.0) < 1
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     named = {"skip": 1.0, "activation": ["relu", "gelu"], "preactivation": True}

@@ -14,9 +14,11 @@ struct LinearLayer {
   bool preactivation = false; // whether the activation is phi; else it is f, which follows the raw logits
   LayerOptions options;
   Matrix z;            // (n, d_in)
-  Matrix operand;      // phi(z) as the products take it, in Acc: z itself, or working space
+  bool narrow = false; // whether the products take bfloat16: then operand and delta are, the weight may be (else all
+                       // are in Acc, but delta in any dtype), and d_in and d_out are even
+  Matrix operand;      // phi(z) as the products take it: z itself, or working space
   DType operand_dtype; // what phi(z) is rounded to
-  Matrix weight;       // (d_out, d_in), in Acc
+  Matrix weight;       // (d_out, d_in)
   Matrix bias;         // (1, d_out), in Acc, or absent
 };
 
@@ -37,7 +39,7 @@ struct DecoupledLinear {
 // Outputs whose data is null are not wanted.
 struct DecoupledLinearBackwardLayer {
   LinearLayer linear;
-  Matrix delta;               // (n, d_out), in Acc
+  Matrix delta;               // (n, d_out)
   Matrix q;                   // (n, d_out)
   double upstream = 1;        // the gradient of the layer's energy
   Matrix grad_z, grad_weight; // out

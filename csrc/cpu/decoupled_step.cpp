@@ -124,12 +124,11 @@ class Visit {
     Matrix q_of_input;
     for (int64_t t = chunk.first; t < chunk.end; ++t) {
       const StepLayer& layer = io_.layers[t];
-      const int64_t width = layer.linear.d_out;
       ResidualIo io = layer.io;
       io.residual = {};
       if (t > chunk.first) { // all is used up here: nothing has to leave the cache
-        io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, width);
-        io.q = t + 1 == chunk.end ? io.q : rows_in_scratch(t % 2 ? Scratch::OddQ : Scratch::EvenQ, begin, end, width);
+        io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, io.delta);
+        io.q = t + 1 == chunk.end ? io.q : rows_in_scratch(t % 2 ? Scratch::OddQ : Scratch::EvenQ, begin, end, io.q);
       }
       judge_layer(t, io, dual, begin, end);
       if (t > chunk.first) {
@@ -139,8 +138,10 @@ class Visit {
     }
   }
 
-  static Matrix rows_in_scratch(Scratch slot, int64_t begin, int64_t end, int64_t width) {
-    return {scratch_of<Acc>(slot, (end - begin) * width) - begin * width, dtype_of<Acc>(), width};
+  // A matrix like `like` of which only these rows are there.
+  static Matrix rows_in_scratch(Scratch slot, int64_t begin, int64_t end, const Matrix& like) {
+    const int64_t row = like.stride * element_size(like.dtype);
+    return {scratch_of<char>(slot, (end - begin) * row) - begin * row, like.dtype, like.stride};
   }
 
   // z -= step_size * dE/dz, or by way of its velocity.
@@ -188,7 +189,7 @@ class Visit {
           ResidualIo io = io_.layers[t].io;
           io.q = {}; // of no use to the parameters
           if (whole_layers_ && n_ranges_ == 1) {
-            io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, io_.layers[t].linear.d_out);
+            io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, io.delta);
           }
           judge_layer(t, io, dual, begin, end);
           if (whole_layers_) {
@@ -256,7 +257,7 @@ class Visit {
     rows.first_bad_label = &no_bad_label;
     SoftmaxInfogainOutput<Acc> made;
     made.loss = {io_.head.loss + begin, 1, 1};
-    made.grad = {row_pointer<Acc>(delta, begin), delta.dtype, delta.stride, 1, 1};
+    made.grad = {row_of(delta, begin).data, delta.dtype, delta.stride, 1, 1};
     made.grad_loss = {&one, 0, 0};
     softmax_infogain(rows, made);
   }

@@ -1,5 +1,6 @@
 #include "gemm.h"
 
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/CPUBlas.h>
@@ -26,8 +27,32 @@ void multiply_tile(
   accumulate ? result.add_(product) : result.copy_(product);
 }
 
+void multiply_tile(
+    int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t a_stride, const c10::BFloat16* b, int64_t b_stride,
+    float* c, int64_t c_stride, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, a_stride, b_stride, c_stride, accumulate, a, b, c);
+}
+
+bool multiplies_bfloat16() {
+  static const bool works = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) {
+      return false;
+    }
+    const c10::BFloat16 zeros[32 * 32] = {};
+    float product[32 * 32];
+    try {
+      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, zeros, zeros, product);
+      at::native::cpublas::brgemm_release(true);
+      return true;
+    } catch (const c10::Error&) { // a build of torch without these kernels
+      return false;
+    }
+  }();
+  return works && at::globalContext().userEnabledMkldnn();
+}
+
 void release_multiplier() {
-  at::native::cpublas::brgemm_release(false);
+  at::native::cpublas::brgemm_release(multiplies_bfloat16());
 }
 
 } // namespace lgd

@@ -13,15 +13,18 @@ void fill_operand(const LinearLayer& l, int64_t begin, int64_t end) {
   }
   with_activation(phi_of(l), [&](auto phi) {
     for (int64_t sample = begin; sample < end; ++sample) {
-      const auto z = read_tile<Acc>(l.z, Tile{sample, 1, 0, l.d_in}, Scratch::SkipInput);
-      Acc* target = row_pointer<Acc>(l.operand, sample);
+      const Tile tile{sample, 1, 0, l.d_in};
+      const auto z = read_tile<Acc>(l.z, tile, Scratch::SkipInput);
+      const OutputTile<Acc> operand(l.operand, tile, Scratch::Residual);
       for_vectors<Acc>(l.d_in, [&](int64_t i, int64_t n) {
-        decltype(phi)::at(Vec::loadu(z.data + i, n)).value.store(target + i, n);
+        decltype(phi)::at(Vec::loadu(z.data + i, n)).value.store(operand.view.data + i, n);
       });
-      if (l.operand_dtype != dtype_of<Acc>()) {
-        char* rounded = scratch_of<char>(Scratch::Residual, l.d_in * element_size(l.operand_dtype));
-        store_row(target, Row{rounded, l.operand_dtype, 1}, 0, l.d_in);
-        load_row(ConstRow{rounded, l.operand_dtype, 1}, 0, l.d_in, target); // back to `target`: the dtypes differ
+      operand.finish();
+      if (l.operand_dtype != l.operand.dtype) {
+        const Row rounded{
+            scratch_of<char>(Scratch::Vector, l.d_in * element_size(l.operand_dtype)), l.operand_dtype, 1};
+        store_row(operand.view.data, rounded, 0, l.d_in);
+        load_row({rounded.data, rounded.dtype, 1}, 0, l.d_in, operand.view.data); // back: the dtypes differ
       }
     }
   });

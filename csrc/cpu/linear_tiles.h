@@ -9,11 +9,10 @@
 
 #include "decoupled_linear.h"
 #include "elementary.h"
-#include "gemm.h"
+#include "factors.h"
 #include "parallel.h"
 #include "residual_tile.h"
 #include "tiles.h"
-#include "transpose.h"
 
 namespace lgd {
 inline namespace CPU_CAPABILITY {
@@ -55,20 +54,6 @@ inline void for_pieces(int64_t begin, int64_t end, int64_t size, const Body& bod
   }
 }
 
-// C (m, n) = A B or C += A B for A (m, k), B (k, n), as multiply_tile; k may be 0.
-template <typename Acc>
-inline void multiply(
-    int64_t m, int64_t n, int64_t k, const Acc* a, int64_t a_stride, const Acc* b, int64_t b_stride, Acc* c,
-    int64_t c_stride, bool accumulate) {
-  if (k > 0) {
-    multiply_tile(m, n, k, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    return;
-  }
-  for (int64_t i = 0; i < m * n && !accumulate; ++i) {
-    c[i / n * c_stride + i % n] = 0;
-  }
-}
-
 // The activation stands before a layer's product or after it.
 inline int64_t phi_of(const LinearLayer& l) {
   return l.preactivation ? l.options.activation : 0;
@@ -92,16 +77,14 @@ void judge(
 template <typename Acc, typename Finish>
 inline void for_tiles_of_logits(const LinearLayer& l, int64_t begin, int64_t end, const Finish& finish) {
   using Vec = Vectorized<Acc>;
-  Acc* weight_t = scratch_of<Acc>(Scratch::Matrix, l.d_in * kPanel); // (d_in, kPanel)
-  Acc* product = scratch_of<Acc>(Scratch::Logits, kRows * kPanel);   // (kRows, kPanel)
+  Acc* product = scratch_of<Acc>(Scratch::Logits, kRows * kPanel); // (kRows, kPanel)
   const Vec scale(static_cast<Acc>(l.options.branch_scale));
   for_pieces(0, l.d_out, kPanel, [&](int64_t first, int64_t outputs) {
-    transpose_matrix(row_pointer<Acc>(l.weight, first), l.weight.stride, outputs, l.d_in, weight_t, kPanel);
+    const Matrix weight_t =
+        transposed_second_factor<Acc>(l.weight, {first, outputs, 0, l.d_in}, l.narrow); // (d_in, outputs)
     const Acc* bias = l.bias.data == nullptr ? nullptr : row_pointer<Acc>(l.bias, 0) + first;
     for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
-      multiply(
-          rows, outputs, l.d_in, row_pointer<Acc>(l.operand, row), l.operand.stride, weight_t, kPanel, product, kPanel,
-          false);
+      multiply(rows, outputs, l.d_in, rows_from(l.operand, row), weight_t, product, kPanel, false);
       finish(Tile{row, rows, first, outputs}, [&](int64_t i, int64_t j, int64_t n) {
         const Vec v = Vec::loadu(product + i * kPanel + j, n);
         return bias == nullptr ? v * scale : at::vec::fmadd(v, scale, Vec::loadu(bias + j, n));
@@ -126,12 +109,13 @@ inline void for_tiles_of_input_gradient(
   const Vec scale(factor * static_cast<Acc>(l.options.branch_scale)),
       minus_skip(-factor * static_cast<Acc>(l.options.skip));
   for_pieces(0, l.d_in, kPanel, [&](int64_t first, int64_t inputs) {
+    const Matrix weight = second_factor<Acc>(l.weight, {0, l.d_out, first, inputs}, l.narrow); // (d_out, inputs)
     for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
       const Tile tile{row, rows, first, inputs};
       for (int64_t output = 0; output == 0 || output < l.d_out; output += kOutputs) { // once even if d_out is 0
-        multiply(
-            rows, inputs, at_most(l.d_out - output, kOutputs), row_pointer<Acc>(delta, row) + output, delta.stride,
-            row_pointer<Acc>(l.weight, output) + first, l.weight.stride, product, kPanel, output > 0);
+        const int64_t outputs = at_most(l.d_out - output, kOutputs);
+        const Matrix of_outputs = first_factor<Acc>(delta, {row, rows, output, outputs}, l.narrow); // (rows, outputs)
+        multiply(rows, inputs, outputs, of_outputs, rows_from(weight, output), product, kPanel, output > 0);
       }
       const auto z = read_tile<Acc>(l.z, tile, Scratch::SkipInput);
       const auto of_target = read_tile<Acc>(l.options.skip == 0 ? Matrix{} : q, tile, Scratch::Q);
@@ -147,35 +131,30 @@ inline void for_tiles_of_input_gradient(
   });
 }
 
-template <typename Acc>
-inline Acc sum_of_run(const Acc* values, int64_t count) {
-  using Vec = Vectorized<Acc>;
-  Vec total(Acc(0));
-  for_vectors<Acc>(count, [&](int64_t i, int64_t n) { total = total + Vec::loadu(values + i, n); }); // 0 beyond the end
-  return sum_of_lanes(total);
-}
-
 // finish(first, count, products, sums) for panels of the outputs [begin, end): the products (count, d_in) are
 // delta^T phi(z), the sums those of delta over the samples. Without products if nobody wants them.
 template <typename Acc, typename Finish>
 inline void for_panels_of_outputs(
     const LinearLayer& l, const Matrix& delta, bool want_products, int64_t begin, int64_t end, const Finish& finish) {
-  const int64_t stride = at_most(l.n_samples, kSamples), columns = want_products ? l.d_in : 0;
-  Acc* delta_t = scratch_of<Acc>(Scratch::Delta, kPanel * stride);      // (kPanel, samples)
+  const int64_t columns = want_products ? l.d_in : 0;
   Acc* products = scratch_of<Acc>(Scratch::Gradient, kPanel * columns); // (kPanel, d_in)
+  Matrix operand;                                                       // (samples, d_in)
+  int64_t first_of_operand = -1;
   for_pieces(begin, end, kPanel, [&](int64_t output, int64_t outputs) {
     Acc sums[kPanel] = {};
     for (int64_t i = 0; i < outputs * columns && l.n_samples == 0; ++i) {
       products[i] = 0;
     }
     for_pieces(0, l.n_samples, kSamples, [&](int64_t sample, int64_t samples) {
-      transpose_matrix(row_pointer<Acc>(delta, sample) + output, delta.stride, samples, outputs, delta_t, stride);
-      for (int64_t i = 0; i < outputs; ++i) {
-        sums[i] += sum_of_run(delta_t + i * stride, samples);
+      const Tile tile{sample, samples, output, outputs};
+      const Matrix delta_t = transposed_first_factor<Acc>(delta, tile, l.narrow, sums); // (outputs, samples)
+      if (columns > 0 && sample != first_of_operand) {
+        operand = second_factor<Acc>(l.operand, {sample, samples, 0, columns}, l.narrow);
+        first_of_operand = sample;
       }
       for_pieces(0, columns, kInputs, [&](int64_t column, int64_t inputs) {
         multiply(
-            outputs, inputs, samples, delta_t, stride, row_pointer<Acc>(l.operand, sample) + column, l.operand.stride,
+            outputs, inputs, l.narrow ? even(samples) : samples, delta_t, columns_from(operand, column),
             products + column, columns, sample > 0);
       });
     });

@@ -32,6 +32,8 @@ enum class Scratch : int {
   LayerDelta,
   EvenQ,
   OddQ,
+  Factor,
+  Narrow,
   Count
 };
 void* scratch(Scratch slot, size_t bytes);

@@ -91,10 +91,6 @@ struct ConstRow {
   int64_t stride; // in elements
 };
 
-inline int64_t element_size(DType dtype) {
-  return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
-}
-
 // Elements [begin, begin + count) of the row: in place where they lie as the kernel needs them, else in `buffer`.
 template <typename Acc>
 inline const Acc* load_row(const ConstRow& row, int64_t begin, int64_t count, Acc* buffer) {

@@ -100,7 +100,8 @@ struct Pieces {
   }
 };
 
-// target[c * target_stride + r] = source[r * source_stride + c] for r < rows, c < columns.
+// target[c * target_stride + r] = source[r * source_stride + c] for r < rows, c < columns. Whatever the bytes of an
+// element are: nothing is read as a number.
 template <typename Acc>
 inline void transpose_matrix(
     const Acc* source, int64_t source_stride, int64_t rows, int64_t columns, Acc* target, int64_t target_stride) {
@@ -108,7 +109,7 @@ inline void transpose_matrix(
   const int64_t whole_rows = rows / V * V, whole_columns = columns / kPiece * kPiece;
   const auto one_by_one = [&](int64_t r, int64_t first, int64_t end) {
     for (int64_t c = first; c < end; ++c) {
-      target[c * target_stride + r] = source[r * source_stride + c];
+      std::memcpy(target + c * target_stride + r, source + r * source_stride + c, sizeof(Acc));
     }
   };
   for (int64_t r = 0; r < whole_rows; r += V) {

@@ -27,7 +27,8 @@ class LinearLayers {
       const at::Tensor& z, const at::Tensor& weight, const OptionalTensor& bias, bool preactivation,
       const std::vector<LayerOptions>& options, bool need_operand)
       : z_(z, z.sizes(), "z"),
-        weight_(accumulated<Acc>(weight), weight.sizes(), "weight"),
+        narrow_(takes_bfloat16_products(weight.scalar_type(), weight.size(2), weight.size(1))),
+        weight_(narrow_ ? weight : accumulated<Acc>(weight), weight.sizes(), "weight"),
         bias_(
             bias ? OptionalTensor(accumulated<Acc>(*bias).unsqueeze(1)) : std::nullopt,
             {weight.size(0), 1, weight.size(1)}, "bias"),
@@ -35,23 +36,27 @@ class LinearLayers {
         options_(options),
         operand_dtype_(dtype_of_tensor(weight, "weight")),
         operand_(z_.stack) {
+    const at::ScalarType dtype = narrow_ ? at::kBFloat16 : c10::CppTypeToScalarType<Acc>::value;
     const bool is_z =
-        z.scalar_type() == c10::CppTypeToScalarType<Acc>::value && weight.scalar_type() == z.scalar_type() &&
+        z.scalar_type() == dtype && weight.scalar_type() == z.scalar_type() &&
         (!preactivation || std::all_of(options.begin(), options.end(), [](auto& o) { return o.activation == 0; }));
     if (need_operand && !is_z) {
-      operand_tensor_ = empty_on_huge_pages(z.sizes(), c10::CppTypeToScalarType<Acc>::value);
+      operand_tensor_ = empty_on_huge_pages(z.sizes(), dtype);
       operand_ = stack_output(operand_tensor_);
     }
   }
 
   LinearLayer operator[](int64_t t) const {
     const at::Tensor& z = z_.tensor;
-    return {z.size(1),         z.size(2),         weight_.tensor.size(1), preactivation_,         options_[t],
-            z_.stack.layer(t), operand_.layer(t), operand_dtype_,         weight_.stack.layer(t), bias_.stack.layer(t)};
+    return {z.size(1),           z.size(2), weight_.tensor.size(1), preactivation_, options_[t],
+            z_.stack.layer(t),   narrow_,   operand_.layer(t),      operand_dtype_, weight_.stack.layer(t),
+            bias_.stack.layer(t)};
   }
 
  private:
-  StackInput z_, weight_, bias_;
+  StackInput z_;
+  bool narrow_;
+  StackInput weight_, bias_;
   bool preactivation_;
   const std::vector<LayerOptions>& options_;
   DType operand_dtype_;
@@ -123,7 +128,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_linear_backward(
     using Acc = decltype(zero);
     const LinearLayers<Acc> linear(z, weight, std::nullopt, preactivation, options, need_weight);
     // as an operand of products with the weight, delta is rounded like it
-    const StackInput of_delta(accumulated<Acc>(delta.to(weight.scalar_type())), shape, "delta");
+    const StackInput of_delta(delta.to(weight.scalar_type()), shape, "delta");
     const StackInput of_q(q, shape, "q");
     const at::Tensor upstream = grad_energy ? grad_energy->to(at::kDouble).contiguous() : at::Tensor();
     const at::Tensor grad_z = need_z ? empty_on_huge_pages(z.sizes(), z.scalar_type()) : empty(z),

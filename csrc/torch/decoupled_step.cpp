@@ -84,25 +84,23 @@ TensorList as_rows(const TensorList& stacks) {
   return rows;
 }
 
-// Matrices of the accumulation type, cut out of one tensor. Rows of 64 bytes and more start at a multiple of 64.
-template <typename Acc>
+// Matrices cut out of one tensor, each from a multiple of 64 bytes on.
 class Workspace {
  public:
-  Matrix matrix(int64_t rows, int64_t columns) {
+  Matrix matrix(int64_t rows, int64_t columns, DType dtype) {
     const int64_t offset = used_;
-    used_ += (rows * columns + kAligned - 1) / kAligned * kAligned;
-    Acc* data = memory_.defined() ? memory_.data_ptr<Acc>() + offset : nullptr;
-    return {data, std::is_same_v<Acc, double> ? DType::Float64 : DType::Float32, columns};
+    used_ += (rows * columns * element_size(dtype) + kAligned - 1) / kAligned * kAligned;
+    return {memory_.defined() ? static_cast<char*>(memory_.mutable_data_ptr()) + offset : nullptr, dtype, columns};
   }
 
   // What was asked for so far is there when it is asked for again, in the same order.
   void allocate() {
-    memory_ = empty_on_huge_pages({used_}, c10::CppTypeToScalarType<Acc>::value);
+    memory_ = empty_on_huge_pages({used_ / int64_t(sizeof(float))}, at::kFloat); // a dtype that has a NaN, for tests
     used_ = 0;
   }
 
  private:
-  static constexpr int64_t kAligned = 64 / sizeof(Acc);
+  static constexpr int64_t kAligned = 64;
   at::Tensor memory_;
   int64_t used_ = 0;
 };
@@ -169,7 +167,9 @@ class Step {
         n_layers_(weight_.values().size()),
         classes_(n_layers_ == 0 ? 0 : weight_.values().rows(n_layers_ - 1)),
         options_(layer_options(n_layers_, a.activation, a.rho, a.skip, a.branch_scale, dual_steps())),
-        infogain_(a.h, classes_) {
+        infogain_(a.h, classes_),
+        rounded_stacks_(needs_rounded_weights() ? rounded(a.weight) : TensorList{}),
+        rounded_weights_(rounded_stacks_, "weight") {
     check();
   }
 
@@ -199,6 +199,30 @@ class Step {
 
  private:
   static constexpr at::ScalarType kAcc = c10::CppTypeToScalarType<Acc>::value;
+
+  // Of the operands of products.
+  at::ScalarType product_dtype() const { return a_.x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : kAcc; }
+
+  bool is_narrow(int64_t t) const {
+    return takes_bfloat16_products(product_dtype(), weight_.values().columns(t), weight_.values().rows(t));
+  }
+
+  // Where products of bfloat16 have to run in Acc.
+  bool needs_rounded_weights() const {
+    bool needed = false;
+    for (int64_t t = 0; t < n_layers_; ++t) {
+      needed |= product_dtype() != kAcc && !is_narrow(t);
+    }
+    return needed;
+  }
+
+  TensorList rounded(const TensorList& stacks) const {
+    TensorList result;
+    for (const at::Tensor& stack : stacks) {
+      result.push_back(stack.to(product_dtype()).to(kAcc));
+    }
+    return result;
+  }
 
   // Of the layers whose target has a multiplier.
   std::vector<double> dual_steps() const {
@@ -261,14 +285,17 @@ class Step {
       const int64_t d_out = weight_.values().rows(t), d_in = weight_.values().columns(t);
       layer.weight = weight_[t];
       layer.bias = bias_[t];
-      layer.linear = {n, d_in, d_out,  a_.preactivation,   options_[t],
-                      z, z,    kDType, layer.weight.value, layer.bias.value};
-      if (z.dtype != kDType || (a_.preactivation && options_[t].activation != 0)) {
-        layer.linear.operand = workspace_.matrix(n, d_in);
+      const bool narrow = is_narrow(t);
+      const DType products = product_dtype() == kAcc ? kDType : DType::BFloat16, held = narrow ? products : kDType;
+      layer.linear = {n, d_in, d_out, a_.preactivation, options_[t], z, narrow, z, products};
+      layer.linear.weight = narrow || products == kDType ? layer.weight.value : rounded_weights_[t];
+      layer.linear.bias = layer.bias.value;
+      if (z.dtype != held || (a_.preactivation && options_[t].activation != 0)) {
+        layer.linear.operand = workspace_.matrix(n, d_in, held);
       }
       layer.io.skip_input = z;
-      layer.io.delta = workspace_.matrix(n, d_out);
-      layer.io.q = workspace_.matrix(n, d_out);
+      layer.io.delta = workspace_.matrix(n, d_out, products);
+      layer.io.q = workspace_.matrix(n, d_out, kDType);
       layer.tile_energy = tile_energies(t, energy_tiles(n, d_out));
       if (t > 0) {
         layer.q_of_input = layers_[t - 1].io.q;
@@ -319,7 +346,9 @@ class Step {
   const int64_t n_layers_, classes_;
   const std::vector<LayerOptions> options_;
   const Infogain<Acc> infogain_;
-  Workspace<Acc> workspace_;
+  const TensorList rounded_stacks_;
+  const Layers rounded_weights_;
+  Workspace workspace_;
   std::vector<StepLayer> layers_;
   std::vector<std::vector<double>> tile_energy_;
   StackInput target_;

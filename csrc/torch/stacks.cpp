@@ -2,12 +2,10 @@
 
 #include <ATen/Functions.h>
 
+#include "../cpu/gemm.h"
+
 namespace lgd {
 namespace {
-
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
-}
 
 Stack stack_of(const at::Tensor& tensor, const char* name) {
   return {
@@ -20,7 +18,7 @@ Matrix Stack::layer(int64_t t) const {
   if (data == nullptr) {
     return {};
   }
-  return {static_cast<char*>(data) + t * layer_stride * bytes_of(dtype), dtype, row_stride};
+  return {static_cast<char*>(data) + t * layer_stride * element_size(dtype), dtype, row_stride};
 }
 
 StackInput::StackInput(const OptionalTensor& given, at::IntArrayRef shape, const char* name) {
@@ -38,6 +36,10 @@ Stack stack_output(const at::Tensor& tensor) {
 
 at::Tensor empty(const at::Tensor& like) {
   return at::empty({0}, like.options());
+}
+
+bool takes_bfloat16_products(at::ScalarType dtype, int64_t d_in, int64_t d_out) {
+  return dtype == at::kBFloat16 && d_in % 2 == 0 && d_out % 2 == 0 && multiplies_bfloat16();
 }
 
 std::vector<LayerOptions> layer_options(

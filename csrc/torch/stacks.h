@@ -34,6 +34,9 @@ Stack stack_output(const at::Tensor& tensor);
 // What an output that is not wanted is: no elements, with the dtype of `like`.
 at::Tensor empty(const at::Tensor& like);
 
+// Whether the products of a layer whose operands have this dtype run in bfloat16 on this CPU.
+bool takes_bfloat16_products(at::ScalarType dtype, int64_t d_in, int64_t d_out);
+
 // One entry for every layer from lists that must have one for each; an empty list stands for the default.
 std::vector<LayerOptions> layer_options(
     int64_t n_layers, const std::vector<int64_t>& activation, const std::vector<double>& rho,

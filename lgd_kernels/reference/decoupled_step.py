@@ -3,7 +3,8 @@
 A net of T layers. Lists of tensors are stacks along the layers, in order: weight [(T_i, d_out, d_in)], bias [(T_i,
 d_out)], and for the T - 1 hidden values z [(T_i, n, d)]; how a list is cut into stacks does not matter. Lists of
 numbers have one entry per layer. x (n, d_0) is the input of the first layer, z_t that of layer t and the target of the
-one below. All tensors of samples share a dtype; parameters and buffers have the accumulation type.
+one below. All tensors of samples share a dtype; parameters and buffers have the accumulation type. With samples in bfloat16
+the operands of the products (phi(z), weight and delta) are rounded to it, for float16 they are not.
 Optional lists may be empty. In 16 bits lambda and velocity are rounded before they are used here; a kernel may round
 them when it stores them only.
 """
@@ -117,7 +118,9 @@ def decoupled_step_(
     UPDATE_RULES; update_numbers: those of `UpdateNumbers`, for every stack of weight, then of bias.
     """
     accumulate = accumulation_dtype(x.dtype)
-    weights, n_layers = _layers(weight), len(_layers(weight))
+    operands = x.dtype if x.dtype == torch.bfloat16 else accumulate
+    weights = [layer.to(operands) for layer in _layers(weight)]
+    n_layers = len(weights)
     biases = _layers(bias) or [None] * n_layers
     hidden, lambdas, velocities = _layers(z), _layers(multiplier), _layers(velocity)
     parts = (matrix, background, diagonal, crow, col, values)
@@ -130,7 +133,7 @@ def decoupled_step_(
             ones = torch.ones_like(target, dtype=accumulate).unsqueeze(1)
             rows = (a.unsqueeze(2), target.unsqueeze(1), *parts, ignore_index, 0.0)
             loss, _, delta, _ = softmax_infogain(*rows, ones, False, False)
-            return loss.sum(), None, None, delta.squeeze(2)
+            return loss.sum(), None, None, delta.squeeze(2).to(operands)
         e = layer_residual(a, (target if is_last else hidden[t]).to(accumulate), inputs, f, skip[t])
         if is_last:
             energy, q = layer_energy(e, None, SQUARED, 1.0, 1.0, 0.0)
@@ -139,7 +142,7 @@ def decoupled_step_(
                 lambdas[t].add_(dual * e)
             lambda_ = lambdas[t].to(accumulate) if lambdas else None
             energy, q = layer_energy(e, lambda_, hidden_loss, kappa, rho[t], 0.0)
-        return energy, e, q, times_derivative(f, a, -q)
+        return energy, e, q, times_derivative(f, a, -q).to(operands)
 
     def forward(k: int) -> tuple[list[Tensor], list]:
         inputs = [value.to(accumulate) for value in (x, *hidden)]
@@ -168,8 +171,8 @@ def decoupled_step_(
     for t, (_, _, _, delta) in enumerate(judged):
         phi, _ = functions_of(activation[t], preactivation)
         scale = branch_scale[t] * per_sample
-        gradients_of_weight.append(scale * product(delta.t(), activate(phi, inputs[t]), accumulate))
-        gradients_of_bias.append(per_sample * delta.sum(0))
+        gradients_of_weight.append(scale * product(delta.t(), activate(phi, inputs[t]).to(operands), accumulate))
+        gradients_of_bias.append(per_sample * delta.to(accumulate).sum(0))
     _update_stacks_(update_rule, update_numbers, weight, weight_first, weight_second, gradients_of_weight)
     of_bias = update_numbers[len(weight) * len(UpdateNumbers._fields) :]
     _update_stacks_(update_rule, of_bias, bias, bias_first, bias_second, gradients_of_bias)
