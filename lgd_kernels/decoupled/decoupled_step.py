@@ -77,7 +77,9 @@ def decoupled_step_(
     2014, arXiv:1212.5921), with them the method of multipliers (Taylor et al. 2016, arXiv:1605.02026).
 
     Args:
-        x: (n, d_0); float64, float32, bfloat16 or float16; any strides.
+        x: (n, d_0); float64, float32, bfloat16 or float16; any strides. With bfloat16 the operands of the products
+            (phi(z), W and delta = -q f'(a)) are rounded to it, as under autocast; else they keep their precision. Sums
+            are accumulated in float64 for float64 and in float32 otherwise.
         z: the hidden values, (T-1, n, d), or where their widths differ a list of tensors (n, d_t), or (T_i, n, d) for
             runs of equal width. Has the dtype of x. Small steps get lost in 16 bits.
         weight: (T, d_out, d_in), or a list of tensors (d_out, d_in), or (T_i, d_out, d_in) for runs of equal layers;
