@@ -529,7 +529,7 @@ def test_the_gradient_of_a_narrower_bias_sums_what_is_not_rounded(backend):
     assert torch.equal(grad_bias, exact.bfloat16())
 
 
-# Odd widths, for which no product runs in bfloat16; partial tiles; sums longer than a piece, of an odd number of samples.
+# Odd widths, for which no product runs in bfloat16; partial tiles; sums longer than a piece, of odd numbers of samples.
 BFLOAT16_SIZES = [
     (2, 1, 2, 2),
     (2, 7, 5, 3),

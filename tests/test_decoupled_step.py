@@ -282,7 +282,7 @@ def test_sizes_beyond_a_tile(backend, preactivation):
 @pytest.mark.parametrize("head", ["softmax_infogain", "squared"])
 @pytest.mark.parametrize("library", [True, False], ids=["with oneDNN", "without"])
 def test_sizes_beyond_a_tile_in_bfloat16(backend, library, head, preactivation):
-    """Of layers with even widths, whose products run in bfloat16 where the CPU can do that, and of one with an odd one."""
+    """Of layers with even widths, whose products run in bfloat16 where the CPU can do that, and of an odd one."""
     tensors = make((40, 130, 66, 33, 12, 6), n=271, dtype=torch.bfloat16, head=head, velocity=True)
     with torch.backends.mkldnn.flags(enabled=library):
         check(tensors, preactivation=preactivation, head=head, step_size=0.1, z_momentum=0.5, rule="momentum")

@@ -512,6 +512,38 @@ def test_a_dispatch_mode_sees_the_ops():
     assert ops.softmax_infogain_reduced in seen
 
 
+def test_watchers_see_a_decoupled_step():
+    """A call that concerns nobody else goes to the kernel past the dispatcher; these do not."""
+    from torch.overrides import TorchFunctionMode
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class WatchFunctions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def step():
+        x, z, weight = torch.randn(5, 4), torch.randn(1, 5, 4), torch.randn(2, 4, 4)
+        lgd.decoupled_step_(x, z, weight, None, torch.randn(5, 4), step_size=0.1, head="squared")
+
+    for watch in (Watch, WatchFunctions):
+        seen.clear()
+        with watch():
+            step()
+        assert ops.decoupled_step_ in seen
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    assert "lgd_kernels::decoupled_step_" in {event.key for event in profiled.key_averages()}
+
+
 def test_a_subclass_with_torch_function_keeps_its_type():
     class Named(torch.Tensor):
         pass

@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 
 from lgd_kernels import backends, ops, reference
 from lgd_kernels.autograd.apply import apply
+from lgd_kernels.watchers import is_overridden
 
 _N_PARTS = 6  # matrix, background, diagonal, crow, col, values
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def _graph_is_kept() -> bool:
@@ -23,29 +23,10 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def is_eager() -> bool:
-    """Whether no compiler, jit tracer or transform watches this call, and no tangents are carried along."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def _in_shape(gradient: Tensor, shape: torch.Size) -> Tensor:
     """The gradient in this shape, and not as a view made in no_grad mode: those may not be changed in place together
     with tensors that require grad."""
     return gradient.reshape(shape) if torch.is_grad_enabled() else torch.ops.aten._unsafe_view(gradient, shape)
-
-
-def _is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a subclass or a mode wants to see the ops that are called with these tensors."""
-    return (
-        torch._C._has_torch_function(tensors)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-    )
 
 
 def _may_give_away(*upstream: Tensor | None) -> bool:
@@ -324,7 +305,7 @@ def softmax_infogain_reduced(*args) -> Tensor:
     """The first result of `ops.softmax_infogain_reduced`, differentiable in logits and H's parts."""
     logits, labels, *parts, _, _, sample_weight, _, _, _ = args
     kernels = backends.implementation("softmax_infogain_reduced", logits.device.type)
-    if kernels is not reference and not _is_overridden((logits, labels, *parts, sample_weight)):
+    if kernels is not reference and not is_overridden((logits, labels, *parts, sample_weight)):
         loss = kernels.softmax_infogain_reduced_with_node(*args)
         if loss is not None:
             return loss

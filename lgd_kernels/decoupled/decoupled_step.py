@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lgd_kernels import ops
+from lgd_kernels import backends, ops, reference
 from lgd_kernels.arguments import check_bool, check_int, check_number, one_of
 from lgd_kernels.decoupled.memory import check_memory, overlaps_itself
 from lgd_kernels.decoupled.optimizer_state import next_step
@@ -25,6 +25,7 @@ from lgd_kernels.losses.checks import (
 )
 from lgd_kernels.losses.softmax_infogain import parts_for
 from lgd_kernels.reference import ACTIVATIONS, accumulation_dtype
+from lgd_kernels.watchers import is_plain
 
 HEADS = ("softmax_infogain", "squared")
 _IDENTITY = ACTIVATIONS.index("identity")
@@ -163,7 +164,13 @@ def decoupled_step_(
             for buffers, dim in zip(step.buffers, (2, 1), strict=True)
         )
         changed = [weights, *of_weight, biases, *of_bias]
-        energies = ops.decoupled_step_(
+        involved = [
+            x,
+            target,
+            *(tensor for stacks in written.values() for tensor in stacks),
+            *(p for p in parts if p is not None),
+        ]
+        energies = _op_for(involved)(
             *(x, *hidden.values(), residual, *changed, labels, *parts, ignore_index, squared),
             *(plan.activation, preactivation, loss, float(kappa), *plan.numbers),
             *(steps, step_size, z_momentum, plan.dual_step if dual_step is None else dual_step),
@@ -174,6 +181,12 @@ def decoupled_step_(
     moved = [*moved, *hidden.values()] if steps > 0 else moved
     torch.autograd.graph.increment_version(tensor for stacks in moved for tensor in stacks)
     return (energies, _like(z, residual)) if return_residual else energies
+
+
+def _op_for(tensors: list[Tensor]) -> Callable[..., Tensor]:
+    """The op; where nobody else is concerned, its kernel."""
+    kernels = backends.implementation("decoupled_step_", tensors[0].device.type)
+    return kernels.decoupled_step_ if kernels is not reference and is_plain(tensors) else ops.decoupled_step_
 
 
 # ---------------------------------------------------------------------------------------------------------------------

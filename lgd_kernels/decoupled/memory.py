@@ -22,16 +22,17 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def check_memory(read: dict[str, list[Tensor]], written: dict[str, list[Tensor]]) -> None:
     """Nothing that is written shares memory with anything else."""
-    by_storage: dict[int, list[tuple[int, int, str, Tensor, bool]]] = {}
+    by_storage: dict[int, list[tuple[str, Tensor, bool]]] = {}
     for tensors, is_written in ((read, False), (written, True)):
         for name, of_name in tensors.items():
             for tensor in of_name:
                 if tensor.numel():
-                    place = (*_extent(tensor), name, tensor, is_written)
-                    by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(place)
+                    neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
+                    neighbours.append((name, tensor, is_written))
     for neighbours in by_storage.values():
         if len(neighbours) > 1:
-            _check_neighbours(sorted(neighbours, key=lambda place: place[0]))
+            places = [(*_extent(tensor), name, tensor, is_written) for name, tensor, is_written in neighbours]
+            _check_neighbours(sorted(places, key=lambda place: place[0]))
 
 
 def _check_neighbours(places: list[tuple[int, int, str, Tensor, bool]]) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lgd_kernels import ops
 from lgd_kernels.arguments import FLOATING, check_bool, check_int, check_number, one_of
-from lgd_kernels.autograd.softmax_infogain import is_eager, softmax_infogain, softmax_infogain_reduced
+from lgd_kernels.autograd.softmax_infogain import softmax_infogain, softmax_infogain_reduced
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
+from lgd_kernels.watchers import is_eager
 
 REDUCTIONS = ("none", "sum", "mean")
 NORMALIZATIONS = ("full", "valid", "batch_size", "none")

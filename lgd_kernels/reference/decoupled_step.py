@@ -3,10 +3,10 @@
 A net of T layers. Lists of tensors are stacks along the layers, in order: weight [(T_i, d_out, d_in)], bias [(T_i,
 d_out)], and for the T - 1 hidden values z [(T_i, n, d)]; how a list is cut into stacks does not matter. Lists of
 numbers have one entry per layer. x (n, d_0) is the input of the first layer, z_t that of layer t and the target of the
-one below. All tensors of samples share a dtype; parameters and buffers have the accumulation type. With samples in bfloat16
-the operands of the products (phi(z), weight and delta) are rounded to it, for float16 they are not.
-Optional lists may be empty. In 16 bits lambda and velocity are rounded before they are used here; a kernel may round
-them when it stores them only.
+one below. All tensors of samples share a dtype; parameters and buffers have the accumulation type. Optional lists may
+be empty. With bfloat16 samples the operands of the products (phi(z), weight and delta) are rounded to it; with float16
+they are not. In 16 bits lambda and velocity are rounded before they are used here; a kernel may round them when it
+stores them only.
 """
 
 from __future__ import annotations
