@@ -45,6 +45,14 @@ auto softmax_infogain_reduced_with_node(
   return lgd::softmax_infogain_reduced_with_node(LGD_ROW_ARGUMENTS, sample_weight, divisor, need_grad, shape);
 }
 
+auto softmax_infogain_mean(
+    const Tensor& logits, const Tensor& labels, LGD_H_PARAMETERS, std::optional<int64_t> num_classes,
+    int64_t ignore_index) {
+  py::gil_scoped_release release;
+  return lgd::softmax_infogain_mean(
+      logits, labels, {matrix, background, diagonal, crow, col, values}, num_classes, ignore_index);
+}
+
 auto softmax_infogain_backward(LGD_ROW_PARAMETERS, const Tensor& grad_loss, const OptionalTensor& grad_lse) {
   py::gil_scoped_release release;
   return lgd::softmax_infogain_backward(LGD_ROW_ARGUMENTS, grad_loss, grad_lse);
@@ -119,6 +127,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("softmax_infogain", &softmax_infogain);
   m.def("softmax_infogain_reduced", &softmax_infogain_reduced);
   m.def("softmax_infogain_reduced_with_node", &softmax_infogain_reduced_with_node);
+  m.def("softmax_infogain_mean", &softmax_infogain_mean);
   m.def("set_backward_of_reduced", &lgd::set_backward_of_reduced);
   m.def("softmax_infogain_backward", &softmax_infogain_backward);
   m.def("softmax_infogain_backward_", &softmax_infogain_backward_);

@@ -131,16 +131,23 @@ class RowKernel {
     return true;
   }
 
-  // The row of logits that this thread comes to next, where rows lie one behind the other, and this row's gradient.
+  // Whether the gradient of rows that count goes around the cache.
+  bool streams() const { return out.stream_grad && out.grad.dtype == dtype_of<Acc>() && out.grad.class_stride == 1; }
+
+  // The row of logits that this thread comes to next, where rows lie one behind the other, and this row's gradient. Of
+  // that row only the first half where the gradient is streamed: MaxAlong fetches the other.
   Ahead ahead_of(const Row_& row, int64_t outer, int64_t inner) const {
     Ahead ahead;
     if (in.inner == 1 && in.logits.class_stride == 1 && outer + 1 < in.outer) {
       const int64_t size = element_size(in.logits.dtype);
-      ahead.logits = {row.x.data + in.logits.outer_stride * size, size};
+      const char* next = row.x.data + in.logits.outer_stride * size;
+      ahead.logits = {next, next + (streams() ? in.classes / 2 : in.classes) * size, size};
       ahead.matrix = next_matrix_row(outer);
     }
     if (out.grad.data != nullptr && out.grad.class_stride == 1 && !out.stream_grad) {
-      ahead.gradient = {writable_row_at(out.grad, outer, inner).data, element_size(out.grad.dtype)};
+      const int64_t size = element_size(out.grad.dtype);
+      const char* gradient = writable_row_at(out.grad, outer, inner).data;
+      ahead.gradient = {gradient, gradient + in.classes * size, size};
     }
     return ahead;
   }
@@ -152,7 +159,8 @@ class RowKernel {
       return {};
     }
     const int64_t size = element_size(h.matrix_dtype);
-    return {static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * size, size};
+    const char* next = static_cast<const char*>(h.matrix) + label * h.matrix_row_stride * size;
+    return {next, next + in.classes * size, size};
   }
 
   Summed summarize(const Row_& row, const Sums<Acc>& sums) const {
@@ -187,7 +195,7 @@ class RowKernel {
       row.gradient(begin, p_factor, upstream, work, in_block, [&](const Acc* g, int64_t first, int64_t count) {
         store_row(g, target, first, count);
       });
-    } else if (out.stream_grad && row.counted) {
+    } else if (streams() && row.counted) {
       row.stream(begin, p_factor, upstream, work, address(begin), next_row);
     } else {
       row.gradient(begin, p_factor, upstream, work, address, [](const Acc*, int64_t, int64_t) {});

@@ -52,13 +52,13 @@ struct Workspace {
 // two, and more where neighbours crowd the last-level cache (3.26 -> 3.02).
 struct Ahead {
   struct Stream {
-    const char* data = nullptr; // nullptr: nothing to fetch
+    const char *data = nullptr, *end = nullptr; // data >= end: nothing to fetch
     int64_t element_size = 0;
 
     // The memory of the next two vectors of n elements.
     template <bool for_writing>
     inline void fetch_two(int64_t n) {
-      if (data != nullptr) {
+      if (data < end) {
         __builtin_prefetch(data, for_writing);
         __builtin_prefetch(data + n * element_size, for_writing);
         data += 2 * n * element_size;
@@ -405,12 +405,12 @@ struct LabelledRow {
   }
 
   // The same for a row that counts, from registers to `target` around the cache. Finds the largest element of the next
-  // row, if there is one, on the way.
+  // row on the way; of whatever, if there is none.
   void stream(int64_t begin, Acc p_factor, Acc h_factor, Workspace<Acc>& work, Acc* target, const Acc* next_row) const {
     const int64_t count = chunk_size(classes, begin);
     const Acc* h = dense(begin, count, work);
     const GradientVectors<base, Acc> vectors(work.exponentials, h, background, p_factor, h_factor);
-    MaxAlong<Acc> next(next_row == nullptr ? work.exponentials : next_row); // of whatever, where there is no next row
+    MaxAlong<Acc> next = next_row == nullptr ? MaxAlong<Acc>(work.exponentials, 0) : MaxAlong<Acc>(next_row, count / 2);
     stream_gradient(vectors, p_factor, h_factor, entries, begin, count, target, next);
     work.next_row = next_row;
     work.next_max = next.result();

@@ -108,4 +108,21 @@ OptionalTensor softmax_infogain_reduced_with_node(
   return need_grad ? Reduced::apply(rows.logits, arguments) : std::get<0>(reduced(arguments, false));
 }
 
+OptionalTensor softmax_infogain_mean(
+    const at::Tensor& logits, const at::Tensor& labels, const InfogainTensors& h, std::optional<int64_t> num_classes,
+    int64_t ignore_index) {
+  const auto is_supported = [](at::ScalarType dtype) {
+    return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  };
+  if (!is_plain(logits) || logits.dim() != 2 || !is_supported(logits.scalar_type()) || !is_plain(labels) ||
+      labels.dim() != 1 || labels.scalar_type() != at::kLong || labels.size(0) != logits.size(0) ||
+      num_classes.value_or(logits.size(1)) != logits.size(1)) {
+    return std::nullopt;
+  }
+  const RowArguments rows{logits, labels.unsqueeze(1), h, ignore_index, 0.0};
+  const bool need_grad = logits.requires_grad() && at::GradMode::is_enabled();
+  return softmax_infogain_reduced_with_node(
+      rows, std::nullopt, std::nullopt, need_grad, {logits.size(0), logits.size(1), 1});
+}
+
 } // namespace lgd

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from lgd_kernels import backends, ops, reference
 from lgd_kernels.autograd.apply import apply
-from lgd_kernels.watchers import is_overridden
+from lgd_kernels.watchers import is_eager, is_overridden
 
 _N_PARTS = 6  # matrix, background, diagonal, crow, col, values
 
@@ -310,6 +310,20 @@ def softmax_infogain_reduced(*args) -> Tensor:
         if loss is not None:
             return loss
     return SoftmaxInfogainReduced.apply(*args)
+
+
+def softmax_infogain_mean(
+    logits: Tensor, labels: Tensor, parts: tuple[Tensor | None, ...], num_classes: int | None, ignore_index: int
+) -> Tensor | None:
+    """The mean loss of logits (N, C) and labels (N,), checks included, by the compiled extension alone: 0.1 ms less
+    than by way of Python where other code has had the caches since the last call. None for what is not that, is
+    watched or overridden, or is wrong."""
+    if not is_eager() or is_overridden((logits, labels, *parts)):
+        return None
+    kernels = backends.implementation("softmax_infogain_mean", logits.device.type)
+    if kernels is reference:
+        return None
+    return kernels.softmax_infogain_mean(logits, labels, *parts, num_classes, ignore_index)
 
 
 def softmax_infogain_backward(*args) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lgd_kernels import ops
 from lgd_kernels.arguments import FLOATING, check_bool, check_int, check_number, one_of
-from lgd_kernels.autograd.softmax_infogain import softmax_infogain, softmax_infogain_reduced
+from lgd_kernels.autograd.softmax_infogain import softmax_infogain, softmax_infogain_mean, softmax_infogain_reduced
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
 from lgd_kernels.watchers import is_eager
@@ -204,6 +204,25 @@ def _as_result(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return loss if loss.dtype == logits.dtype else loss.to(_result_dtype(logits))
 
 
+_USUAL = ("mean", None, 1, 0.0, False, False, False)  # the defaults of softmax_infogain_loss
+_TYPES_OF_USUAL = tuple(map(type, _USUAL))
+
+
+def _usual_loss(logits: Tensor, labels: Tensor, H: Infogain | None, ignore_index: int) -> Tensor | None:
+    """The mean loss with all other options left at their defaults; None if it needs the long way, or is wrong."""
+    is_usual = (
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and (H is None or isinstance(H, Infogain))
+        and type(ignore_index) is int
+        and abs(ignore_index) < 2**62
+    )
+    if not is_usual:
+        return None
+    parts, num_classes = (InfogainParts(), None) if H is None else (H.parts, H.num_classes)
+    return softmax_infogain_mean(logits, labels, parts, num_classes, ignore_index)
+
+
 def softmax_infogain_loss(
     logits: Tensor,
     labels: Tensor,
@@ -257,6 +276,11 @@ def softmax_infogain_loss(
         IndexError: a label outside [0, C) that is not ignore_index (CPU). On CUDA nothing waits for the device: such a
             row's loss is NaN and its gradient 0.
     """
+    options = (reduction, normalization, axis, z_loss, return_probabilities, return_lse, return_grad_norm)
+    if sample_weight is None and tuple(map(type, options)) == _TYPES_OF_USUAL and options == _USUAL:
+        loss = _usual_loss(logits, labels, H, ignore_index)
+        if loss is not None:
+            return _as_result(loss, logits, labels)
     axis = _class_axis(logits, axis)
     _check_options(reduction, normalization, z_loss, ignore_index)
     check_bool("return_probabilities", return_probabilities)
