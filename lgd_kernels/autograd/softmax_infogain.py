@@ -324,7 +324,7 @@ def softmax_infogain_reduced(*args) -> Tensor:
     """The first result of `ops.softmax_infogain_reduced`, differentiable in logits and H's parts."""
     logits, labels, *parts, _, _, sample_weight, _, _, _ = args
     kernels = backends.implementation("softmax_infogain_reduced", logits.device.type)
-    if kernels is not reference and not _is_overridden((logits, labels, *parts, sample_weight)):
+    if kernels is backends.extension and not _is_overridden((logits, labels, *parts, sample_weight)):
         loss = kernels.softmax_infogain_reduced_with_node(*args)
         if loss is not None:
             return loss

@@ -1,0 +1,177 @@
+"""Every Triton kernel compiled ahead of time, without a GPU: registers, spills, shared memory, 16-byte loads and stores.
+
+A kernel is compiled for what its op would launch: the op runs on meta tensors, its launches are recorded instead of
+done, and Triton specializes on their arguments as it would on a device. What comes out is compared with
+`triton_budget.json`; `python -m tools.gates.triton_ahead_of_time` writes that file anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools.gates.common import run
+
+BUDGET = Path(__file__).with_name("triton_budget.json")
+ARCHITECTURES = (80, 90, 100)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KINDS = ("identity", "diagonal", "label_smoothing", "background", "sparse", "sparse_background", "dense_float32")
+KINDS += ("dense_bfloat16", "dense_with_diagonal", "dense_with_stored_values")
+OPS = ("loss", "forward", "everything", "backward", "backward_", "double_backward")
+# (O, C, I): short rows, rows in several sizes of tile, rows read twice, columns that stay on chip and that do not
+SHAPES = {
+    "short": (4096, 10, 1),
+    "row": (1024, 1000, 1),
+    "long": (64, 32768, 1),
+    "twice": (64, 131072, 1),
+    "columns": (8, 24, 4096),
+    "twice_columns": (8, 4096, 1024),
+}
+_WIDE = re.compile(r"(ld|st)\.global\S*\.v4\.b32|(ld|st)\.global\S*\.v2\.b64")
+
+
+class Variant(NamedTuple):
+    """One kernel to compile."""
+
+    op: str
+    kind: str
+    dtype: str
+    shape: str
+    architecture: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.kind} {self.dtype} {self.shape} sm_{self.architecture}"
+
+
+class Report(NamedTuple):
+    """What the compiler made of a kernel; bytes."""
+
+    registers: int
+    stack: int
+    shared: int
+    threads: int
+    wide_loads: int
+    wide_stores: int
+
+
+def variants() -> list[Variant]:
+    """What the gate compiles: every op x kind x dtype on rows of one tile for sm_90, and every op, kind, dtype and shape
+    in one combination at least for every architecture."""
+    chosen = [Variant(op, kind, dtype, "row", 90) for op, kind, dtype in itertools.product(OPS, KINDS, DTYPES)]
+    for architecture, shape in itertools.product(ARCHITECTURES, SHAPES):
+        chosen += [Variant("forward", kind, "bfloat16", shape, architecture) for kind in KINDS]
+        chosen += [Variant(op, "identity", dtype, shape, architecture) for op, dtype in itertools.product(OPS, DTYPES)]
+    chosen += [
+        Variant("backward_matrix", "dense_float32", dtype, "row", architecture)
+        for architecture, dtype in itertools.product(ARCHITECTURES, DTYPES)
+    ]
+    return list(dict.fromkeys(v for v in chosen if not (v.kind.startswith("dense") and SHAPES[v.shape][1] > 2**16)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From an op to its kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _parts(kind: str, classes: int) -> tuple:
+    """H's tensors in the order of the ops."""
+    import torch
+
+    def floats(*shape: int, dtype: torch.dtype = torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def integers(size: int):
+        return torch.empty(size, dtype=torch.int64, device="meta")
+
+    matrix, background, diagonal, stored = None, None, None, (None, None, None)
+    if kind.startswith("dense"):
+        matrix = floats(classes, classes, dtype=torch.bfloat16 if kind == "dense_bfloat16" else torch.float32)
+    if kind in ("label_smoothing", "background", "sparse_background"):
+        background = floats(dtype=torch.float64)
+    if kind in ("diagonal", "dense_with_diagonal"):
+        diagonal = floats(classes)
+    if kind == "label_smoothing":
+        diagonal = floats(dtype=torch.float64)
+    if kind in ("sparse", "sparse_background", "dense_with_stored_values"):
+        stored = integers(classes + 1), integers(8 * classes), floats(8 * classes)
+    return matrix, background, diagonal, *stored
+
+
+def _call(variant: Variant) -> Callable[[Any], object]:
+    """The op as a function of the module that has it."""
+    import torch
+
+    outer, classes, inner = SHAPES[variant.shape]
+    dtype = getattr(torch, variant.dtype)
+    logits = torch.empty(outer, classes, inner, dtype=dtype, device="meta")
+    labels = torch.empty(outer, inner, dtype=torch.int64, device="meta")
+    upstream = torch.empty(
+        outer, inner, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta"
+    )
+    rows = (logits, labels, *_parts(variant.kind, classes), -100, 0.0)
+    return {
+        "loss": lambda ops: ops.softmax_infogain(*rows, None, False, False),
+        "forward": lambda ops: ops.softmax_infogain(*rows, upstream, False, False),
+        "everything": lambda ops: ops.softmax_infogain(*rows, upstream, True, True),
+        "backward": lambda ops: ops.softmax_infogain_backward(*rows, upstream, upstream),
+        "backward_": lambda ops: ops.softmax_infogain_backward_(logits, upstream, *rows, upstream, None),
+        "double_backward": lambda ops: ops.softmax_infogain_double_backward(*rows, upstream, upstream, logits),
+        "backward_matrix": lambda ops: ops.softmax_infogain_backward_matrix(logits, labels, classes, -100, upstream),
+    }[variant.op]
+
+
+@contextlib.contextmanager
+def _recorded(module: Any, architecture: int) -> Iterator[list[tuple]]:
+    """Within the block the launches of a module are listed instead of done, as for this architecture."""
+    launches: list[tuple] = []
+    before = module.launch, module.architecture_of
+    module.launch = lambda kernel, grid, like, *args, **options: launches.append((kernel, args, options))
+    module.architecture_of = lambda device: architecture
+    try:
+        yield launches
+    finally:
+        module.launch, module.architecture_of = before
+
+
+def compile_variant(variant: Variant) -> tuple[Report, str]:
+    """(what the compiler says, PTX) of the last kernel that the op launches."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from lgd_kernels.triton_kernels import softmax_infogain as module
+
+    with _recorded(module, variant.architecture) as launches:
+        _call(variant)(module)
+    kernel, args, options = launches[-1]
+    target = GPUTarget("cuda", variant.architecture, 32)
+    backend = make_backend(target)
+    bound, specialization, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **options
+    )
+    chosen, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    compiled = compile(ASTSource(kernel, signature, constants, attributes), target=target, options=chosen.__dict__)
+    registers, stack = _resources(compiled.asm["cubin"])
+    wide = [match[1] or match[2] for match in _WIDE.finditer(compiled.asm["ptx"])]
+    return Report(
+        registers, stack, compiled.metadata.shared, 32 * chosen.num_warps, wide.count("ld"), wide.count("st")
+    ), compiled.asm["ptx"]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack, where spills are)."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = run([tool, "--dump-resource-usage", file.name], "cuobjdump")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
+    return int(registers), int(stack)
