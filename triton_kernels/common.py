@@ -159,7 +159,7 @@ def to_classes(tensor, classes, ALIGN: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def add(total, lost, term):
     """total + term, and what was lost in the sum, for the next one (Kahan): tiles of equal terms are all rounded alike,
-    and thousands of them would add up their errors."""
+    and thousands of them would add up their errors. Of an infinite sum nothing is lost."""
     term = term - lost
     new = total + term
-    return new, (new - total) - term
+    return new, tl.where(tl.abs(new) == float("inf"), 0, (new - total) - term)

@@ -700,7 +700,7 @@ def _run(
 
 def _new_per_row(logits: Tensor, wanted: bool = True) -> Tensor:
     """An uninitialized (O, I) tensor of the accumulation type; one without elements unless it is wanted."""
-    shape = (logits.shape[0], logits.shape[2]) if wanted else (0,)
+    shape = logits.shape[::2] if wanted else (0,)
     return logits.new_empty(shape, dtype=_accumulation_dtype(logits.dtype))
 
 

@@ -35,7 +35,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    compiled = [item for item in items if _parameters(item).get("backend", "cpp") == "cpp"]
+    compiled = [item for item in items if parameters(item).get("backend", "cpp") == "cpp"]
     keep_only(thinned(compiled, config.getoption("cover")), config, items)
 
 
@@ -71,10 +71,10 @@ def _scattered(count: int) -> Iterable[int]:
     return sorted(range(count), key=lambda i: i * golden % 1)
 
 
-def _parameters(item: pytest.Item) -> dict:
+def parameters(item: pytest.Item) -> dict:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def _case(item: pytest.Item) -> Case:
     """The parameters of a test, (name, identity of the value); the cases of one test share their values."""
-    return frozenset((name, id(value)) for name, value in _parameters(item).items())
+    return frozenset((name, id(value)) for name, value in parameters(item).items())

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.gates.common import run
+from tools.gates.common import GateError, run
 
 BUDGET = Path(__file__).with_name("triton_budget.json")
 ARCHITECTURES = (80, 90, 100)
@@ -175,3 +179,66 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         output = run([tool, "--dump-resource-usage", file.name], "cuobjdump")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
     return int(registers), int(stack)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def triton_ahead_of_time() -> None:
+    """Every Triton kernel compiled for sm_80, sm_90 and sm_100: no spills, within the committed budget"""
+    found, budget = _reports(variants()), json.loads(BUDGET.read_text())
+    failures = [message for variant, report in found.items() for message in _failures(variant, report, budget)]
+    if failures:
+        raise GateError(f"{len(failures)} failures:\n" + "\n".join(failures[:40]))
+    print(f"{len(found)} kernels within their budget, none spills")
+
+
+def _failures(variant: Variant, report: Report, budget: dict[str, list[int]]) -> Iterator[str]:
+    if report.stack:
+        yield f"{variant.name}: spills, {report.stack} bytes of stack"
+    if variant.name not in budget:
+        yield f"{variant.name}: not in {BUDGET.name}; write it anew"
+        return
+    registers, shared = budget[variant.name]
+    if report.registers > registers or report.shared > shared:
+        yield (
+            f"{variant.name}: {report.registers} registers and {report.shared} bytes of shared memory, budget "
+            f"{registers} and {shared}"
+        )
+    if SHAPES[variant.shape][2] == 1 and variant.shape != "short" and variant.op != "backward_matrix":
+        if not report.wide_loads:
+            yield f"{variant.name}: no load of 16 bytes"
+        if variant.op != "loss" and not report.wide_stores:
+            yield f"{variant.name}: no store of 16 bytes"
+
+
+def _reports(chosen: list[Variant]) -> dict[Variant, Report]:
+    """What the compiler says of each, by as many processes as there are cores; the cache of other runs is not used."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _use_cache, (folder,)) as pool,
+    ):
+        return dict(zip(chosen, pool.map(_report_of, chosen, chunksize=4), strict=True))
+
+
+def _use_cache(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def _report_of(variant: Variant) -> Report:
+    return compile_variant(variant)[0]
+
+
+def main() -> None:
+    """Write the budget: what the compiler says now."""
+    found = _reports(variants())
+    entries = (f'  "{v.name}": [{r.registers}, {r.shared}]' for v, r in found.items())
+    BUDGET.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+    failures = [message for v, r in found.items() for message in _failures(v, r, json.loads(BUDGET.read_text()))]
+    print("\n".join(failures) or f"{len(found)} kernels")
+
+
+if __name__ == "__main__":
+    main()
