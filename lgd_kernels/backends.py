@@ -5,12 +5,12 @@
     triton       cuda     `triton_kernels/`: every softmax_infogain op; on any compute capability from 8.0 on
     reference    any      plain PyTorch (`reference.py`): right, slow, always there
 
-By default the first one in this list that has the op for the device answers. The environment variable LGD_BACKEND, read
-at import, or `backends.force(name)` picks one for all ops; what it has no kernel for, plain PyTorch answers. With
+By default the first one in this list that has the op for the device answers. The environment variable LGD_BACKEND,
+read at import, or `backends.force(name)` picks one for all ops; what it has no kernel for, plain PyTorch answers. With
 TRITON_INTERPRET=1 the Triton kernels also run on the CPU, in Triton's interpreter, when they are forced: for tests.
 
-LGD_CHECK_LABELS=1, read at import, makes every op on a CUDA device wait for its labels and raise IndexError for one that
-is out of range. Without it such a row's loss is NaN and its gradient 0.
+LGD_CHECK_LABELS=1, read at import, makes every op on a CUDA device wait for its labels and raise IndexError for one
+that is out of range. Without it such a row's loss is NaN and its gradient 0.
 """
 
 from __future__ import annotations

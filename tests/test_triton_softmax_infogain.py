@@ -1,5 +1,5 @@
-"""The Triton kernels without a GPU: the tests of softmax_infogain in Triton's interpreter, each group in a process of its
-own because a process either interprets or compiles; and a few kernels compiled ahead of time (`make gates`: all)."""
+"""The Triton kernels without a GPU: the tests of softmax_infogain in Triton's interpreter, each group in a process of
+its own because a process either interprets or compiles; and two kernels compiled ahead of time (`make gates`: all)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time, without a GPU: registers, spills, shared memory, 16-byte loads and stores.
+"""The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory, 16-byte loads and stores.
 
 A kernel is compiled for what its op would launch: the op runs on meta tensors, its launches are recorded instead of
 done, and Triton specializes on their arguments as it would on a device. What comes out is compared with
@@ -65,16 +65,16 @@ class Report(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """What the gate compiles: every op x kind x dtype on rows of one tile for sm_90, and every op, kind, dtype and shape
-    in one combination at least for every architecture."""
-    chosen = [Variant(op, kind, dtype, "row", 90) for op, kind, dtype in itertools.product(OPS, KINDS, DTYPES)]
-    for architecture, shape in itertools.product(ARCHITECTURES, SHAPES):
-        chosen += [Variant("forward", kind, "bfloat16", shape, architecture) for kind in KINDS]
-        chosen += [Variant(op, "identity", dtype, shape, architecture) for op, dtype in itertools.product(OPS, DTYPES)]
-    chosen += [
-        Variant("backward_matrix", "dense_float32", dtype, "row", architecture)
-        for architecture, dtype in itertools.product(ARCHITECTURES, DTYPES)
-    ]
+    """What the gate compiles: for every architecture the gradient with every kind of H and dtype, and every op on every
+    shape; more combinations for one architecture."""
+    every, shapes = itertools.product(ARCHITECTURES, KINDS, DTYPES), itertools.product(ARCHITECTURES, OPS, SHAPES)
+    chosen = [Variant("forward", kind, dtype, "row", architecture) for architecture, kind, dtype in every]
+    chosen += [Variant(op, "identity", "bfloat16", shape, architecture) for architecture, op, shape in shapes]
+    chosen += [Variant("forward", "identity", dtype, shape, 90) for dtype, shape in itertools.product(DTYPES, SHAPES)]
+    chosen += [Variant("forward", kind, "bfloat16", shape, 90) for kind, shape in itertools.product(KINDS, SHAPES)]
+    chosen += [Variant("double_backward", kind, dtype, "row", 90) for kind, dtype in itertools.product(KINDS, DTYPES)]
+    chosen += [Variant("everything", kind, "float32", "row", 90) for kind in KINDS]
+    chosen += [Variant("backward_matrix", "dense_float32", dtype, "row", 90) for dtype in DTYPES]
     return list(dict.fromkeys(v for v in chosen if not (v.kind.startswith("dense") and SHAPES[v.shape][1] > 2**16)))
 
 
