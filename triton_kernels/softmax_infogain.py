@@ -35,6 +35,7 @@ from .common import (
 )
 
 BLOCK_E = tl.constexpr(16)  # stored values of a row that are seen at once
+STAGES = tl.constexpr(3)  # of a row read twice: two tiles on their way to shared memory while one is worked on
 
 
 class Similarity(NamedTuple):
@@ -341,7 +342,7 @@ def softmax_infogain_kernel(
         zeros, maximum = tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
         total, dot, mass = zeros, zeros, zeros
         total_lost, dot_lost, mass_lost = zeros, zeros, zeros
-        for start in tl.range(0, n_classes, BLOCK_C):
+        for start in tl.range(0, n_classes, BLOCK_C, num_stages=STAGES):
             classes = start + columns
             mask = exists[:, None] & (classes < n_classes)[None, :]
             x = load_tile(logits, at, classes, mask, -float("inf"), ACC, ALIGN, LANES, True)
@@ -351,9 +352,9 @@ def softmax_infogain_kernel(
             risen = tl.maximum(maximum, tl.max(x, 1))
             factor, rise = rescaling(maximum, risen)
             maximum, shift = risen, shift_of(risen)
-            _, tile_total, tile_dot, tile_mass = tile_sums(x, shift, base, x - shift[:, None])
+            exponentials, tile_total, tile_dot, tile_mass = tile_sums(x, shift, base, x - shift[:, None])
             total, total_lost = add(total * factor, total_lost * factor, tile_total)
-            dot, dot_lost = add(dot + rise * mass, dot_lost, tile_dot)
+            dot, dot_lost = add(dot + dot_of(mass, rise), dot_lost, tile_dot)
             mass, mass_lost = add(mass, mass_lost, tile_mass)
         shift = shift_of(maximum)
 
@@ -381,7 +382,7 @@ def softmax_infogain_kernel(
         if h.crow is not None:
             begin, count = stored_range(h, label, counted)
         n_tiles = 1 if WHOLE else tl.cdiv(n_classes, BLOCK_C)
-        for tile in tl.range(0, n_tiles):
+        for tile in tl.range(0, n_tiles, num_stages=STAGES):
             # backwards: what was read last is the likeliest to be in a cache still
             classes = (n_tiles - 1 - tile) * BLOCK_C + columns
             mask = exists[:, None] & (classes < n_classes)[None, :]
@@ -447,7 +448,7 @@ def double_backward_kernel(
 ):
     """For v, a row of `vector`: the Hessian times v, <gradient of the loss, v>, and <p, v>."""
     row, exists, outer, inner = rows_of_program(logits, n_rows, inner_size, BLOCK_R, ALIGN, LANES, WIDE)
-    label, _, counted = labels_of(labels, row, exists, ignore_index, n_labels)
+    label, _kept, counted = labels_of(labels, row, exists, ignore_index, n_labels)
     at = rows_at(logits, outer, inner, ALIGN, LANES)  # (BLOCK_R,)
     vector_at = rows_at(vector, outer, inner, ALIGN, LANES)
     columns, n_classes = classes_of_tile(n_classes, BLOCK_C, ALIGN, LANES, WIDE)
@@ -467,7 +468,7 @@ def double_backward_kernel(
         zeros, maximum = tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
         total, dot, mass, mean = zeros, zeros, zeros, zeros
         total_lost, dot_lost, mass_lost, mean_lost = zeros, zeros, zeros, zeros
-        for start in tl.range(0, n_classes, BLOCK_C):
+        for start in tl.range(0, n_classes, BLOCK_C, num_stages=STAGES):
             classes = start + columns
             mask = exists[:, None] & (classes < n_classes)[None, :]
             x = load_tile(logits, at, classes, mask, -float("inf"), ACC, ALIGN, LANES, True)
@@ -476,7 +477,7 @@ def double_backward_kernel(
             if h.has_base:
                 base = base_tile(h, label, counted, classes, mask, ACC)
             risen = tl.maximum(maximum, tl.max(x, 1))
-            factor, _ = rescaling(maximum, risen)
+            factor, _rise = rescaling(maximum, risen)
             maximum, shift = risen, shift_of(risen)
             exponentials, tile_total, tile_dot, tile_mass = tile_sums(x, shift, base, v)
             total, total_lost = add(total * factor, total_lost * factor, tile_total)
@@ -486,7 +487,7 @@ def double_backward_kernel(
         shift = shift_of(maximum)
 
     dot, mass = all_of_h(h, dot, mass, vector, vector_at, tl.zeros_like(mass), label, counted, ACC, ALIGN, LANES)
-    inverse, _, lse_of_row = softmax_terms(maximum, total)
+    inverse, _log_total, lse_of_row = softmax_terms(maximum, total)
     z = tl.full((1,), z_loss, ACC)
     mean *= inverse
     slope = mass + 2 * z * lse_of_row
@@ -500,7 +501,7 @@ def double_backward_kernel(
     constant = 2 * z * scale * mean - factor * mean
     product_at = rows_at(product, outer, inner, ALIGN, LANES)
     n_tiles = 1 if WHOLE else tl.cdiv(n_classes, BLOCK_C)
-    for tile in tl.range(0, n_tiles):
+    for tile in tl.range(0, n_tiles, num_stages=STAGES):
         classes = (n_tiles - 1 - tile) * BLOCK_C + columns
         mask = exists[:, None] & (classes < n_classes)[None, :]
         if WHOLE:

@@ -36,7 +36,8 @@ SHAPES = {
     "columns": (8, 24, 4096),
     "twice_columns": (8, 4096, 1024),
 }
-_WIDE = re.compile(r"(ld|st)\.global\S*\.v4\.b32|(ld|st)\.global\S*\.v2\.b64")
+_WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*, 0x10")
+_WIDE_STORE = re.compile(r"st\.global\S*\.(v4\.b32|v2\.b64)")
 
 
 class Variant(NamedTuple):
@@ -162,10 +163,9 @@ def compile_variant(variant: Variant) -> tuple[Report, str]:
     chosen, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
     compiled = compile(ASTSource(kernel, signature, constants, attributes), target=target, options=chosen.__dict__)
     registers, stack = _resources(compiled.asm["cubin"])
-    wide = [match[1] or match[2] for match in _WIDE.finditer(compiled.asm["ptx"])]
-    return Report(
-        registers, stack, compiled.metadata.shared, 32 * chosen.num_warps, wide.count("ld"), wide.count("st")
-    ), compiled.asm["ptx"]
+    ptx = compiled.asm["ptx"]
+    wide = (len(pattern.findall(ptx)) for pattern in (_WIDE_LOAD, _WIDE_STORE))
+    return Report(registers, stack, compiled.metadata.shared, 32 * chosen.num_warps, *wide), ptx
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -228,7 +228,10 @@ def _use_cache(folder: str) -> None:
 
 
 def _report_of(variant: Variant) -> Report:
-    return compile_variant(variant)[0]
+    try:
+        return compile_variant(variant)[0]
+    except Exception as error:
+        raise GateError(f"{variant.name}: {error}") from None
 
 
 def main() -> None:
