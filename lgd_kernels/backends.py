@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -56,7 +55,7 @@ def _runs_triton(device_type: str) -> bool:
     """Whether Triton kernels can take tensors on a device of this type."""
     if device_type == "cpu":
         return _forced == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device_type == "cuda"
 
 
 def _checked_name(name: str, where: str) -> str:
