@@ -17,7 +17,7 @@ help:
 	@echo "make bench    time the kernels against PyTorch; table, picture, bench/results/"
 	@echo "make install  create .venv and build the package into it"
 	@echo "make lint     check the style of Python and C++ (make format: apply it)"
-	@echo "make gates    the long checks: sanitizers, symbols, emulated CPUs, a machine without a compiler"
+	@echo "make gates    the long checks: sanitizers, symbols, emulated CPUs, Triton ahead of time, no compiler"
 
 install: .venv/installed
 

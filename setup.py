@@ -130,6 +130,7 @@ setup(
         "lgd_kernels.decoupled",
         "lgd_kernels.losses",
         "lgd_kernels.reference",
+        "lgd_kernels.triton_kernels",  # a link to triton_kernels/, so that a checkout works without being installed
     ],
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildWithVectorCode.with_options(use_ninja=True)},

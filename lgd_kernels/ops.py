@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import backends
-from lgd_kernels.reference import accumulation_dtype
+from lgd_kernels.reference import accumulation_dtype, check_labels
 
 _LIBRARY = torch.library.Library("lgd_kernels", "DEF")
 _names: list[str] = []
@@ -25,7 +25,21 @@ def names() -> list[str]:
 
 
 def _answer(name: str, device_type: str, *args):
-    return getattr(backends.implementation(name, device_type), name)(*args)
+    kernels = backends.implementation(name, device_type)
+    # on the CPU the kernels and the reference check labels themselves, except the ones made for a device
+    if backends.CHECK_LABELS if device_type == "cuda" else kernels not in (backends.extension, backends.reference):
+        _check_labels(name, args)
+    return getattr(kernels, name)(*args)
+
+
+def _check_labels(name: str, args: tuple) -> None:
+    """Raise IndexError if an op of softmax_infogain is called with a label out of range."""
+    schema = getattr(torch.ops.lgd_kernels, name).default._schema
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=True))
+    if "logits" in named and "labels" in named:
+        matrix = named.get("matrix")
+        n_rows = named.get("n_rows", named["logits"].shape[1]) if matrix is None else matrix.shape[0]
+        check_labels(named["labels"], named["ignore_index"], n_rows, wait_for_device=True)
 
 
 def _define(name: str, schema: str, fake: Callable, vmap: Callable | None = None) -> None:

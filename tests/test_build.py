@@ -82,7 +82,7 @@ def test_show_backends_names_every_op(capsys):
     assert printed == backends.describe() + "\n"
     assert torch.__version__ in printed
     for name in ops.names():
-        assert re.search(rf"^{name} +(cpp|reference) +reference$", printed, re.MULTILINE)
+        assert re.search(rf"^{name} +(cpp|reference) +(triton|reference)$", printed, re.MULTILINE)
 
 
 @needs_extension

@@ -305,7 +305,7 @@ def softmax_infogain_reduced(*args) -> Tensor:
     """The first result of `ops.softmax_infogain_reduced`, differentiable in logits and H's parts."""
     logits, labels, *parts, _, _, sample_weight, _, _, _ = args
     kernels = backends.implementation("softmax_infogain_reduced", logits.device.type)
-    if kernels is not reference and not is_overridden((logits, labels, *parts, sample_weight)):
+    if kernels is backends.extension and not is_overridden((logits, labels, *parts, sample_weight)):
         loss = kernels.softmax_infogain_reduced_with_node(*args)
         if loss is not None:
             return loss
@@ -321,7 +321,7 @@ def softmax_infogain_mean(
     if not is_eager() or is_overridden((logits, labels, *parts)):
         return None
     kernels = backends.implementation("softmax_infogain_mean", logits.device.type)
-    if kernels is reference:
+    if kernels is not backends.extension:
         return None
     return kernels.softmax_infogain_mean(logits, labels, *parts, num_classes, ignore_index)
 

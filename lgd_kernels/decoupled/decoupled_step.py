@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lgd_kernels import backends, ops, reference
+from lgd_kernels import backends, ops
 from lgd_kernels.arguments import check_bool, check_int, check_number, one_of
 from lgd_kernels.decoupled.memory import check_memory, overlaps_itself
 from lgd_kernels.decoupled.optimizer_state import next_step
@@ -186,7 +186,7 @@ def decoupled_step_(
 def _op_for(tensors: list[Tensor]) -> Callable[..., Tensor]:
     """The op; where nobody else is concerned, its kernel."""
     kernels = backends.implementation("decoupled_step_", tensors[0].device.type)
-    return kernels.decoupled_step_ if kernels is not reference and is_plain(tensors) else ops.decoupled_step_
+    return kernels.decoupled_step_ if kernels is backends.extension and is_plain(tensors) else ops.decoupled_step_
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from lgd_kernels.reference.local_residual import local_residual, local_residual_
 from lgd_kernels.reference.softmax_infogain import (
     SoftmaxInfogainTerms,
     accumulation_dtype,
+    check_labels,
     count_labels,
     infogain_rows,
     second_derivative,
@@ -33,6 +34,7 @@ __all__ = [
     "SoftmaxInfogainTerms",
     "UpdateNumbers",
     "accumulation_dtype",
+    "check_labels",
     "count_labels",
     "decoupled_linear",
     "decoupled_linear_backward",

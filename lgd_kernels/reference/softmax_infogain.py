@@ -16,10 +16,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_labels(labels: Tensor, ignore_index: int, n_rows: int) -> None:
-    """Raise IndexError at the first label outside [0, n_rows) that is not `ignore_index`. CPU only: elsewhere reading
-    the answer would stall the device, so that such a row's loss is NaN and its gradient 0 instead."""
-    if labels.device.type != "cpu":
+def check_labels(labels: Tensor, ignore_index: int, n_rows: int, wait_for_device: bool = False) -> None:
+    """Raise IndexError at the first label outside [0, n_rows) that is not `ignore_index`. Unless it may wait for the
+    device, on the CPU only: elsewhere such a row's loss is NaN and its gradient 0 instead."""
+    if labels.device.type != "cpu" and not wait_for_device:
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= n_rows))
     if bool(wrong.any()):

@@ -12,10 +12,11 @@ from tools.gates.common import GateError
 from tools.gates.emulated_cpus import emulated_cpus
 from tools.gates.sanitizers import sanitizers
 from tools.gates.symbols import symbols
+from tools.gates.triton_ahead_of_time import triton_ahead_of_time
 from tools.gates.without_compiler import without_compiler
 
 GATES: dict[str, Callable[[], None]] = {
-    gate.__name__: gate for gate in (symbols, sanitizers, emulated_cpus, without_compiler)
+    gate.__name__: gate for gate in (symbols, triton_ahead_of_time, sanitizers, emulated_cpus, without_compiler)
 }
 
 
@@ -37,7 +38,7 @@ def run_gate(name: str) -> tuple[bool, float]:
 
 
 def main() -> None:
-    about = "\n".join(f"  {name:18}{gate.__doc__}" for name, gate in GATES.items())
+    about = "\n".join(f"  {name:22}{gate.__doc__}" for name, gate in GATES.items())
     parser = argparse.ArgumentParser(
         prog="python -m tools.gates",
         description=f"The long checks of the build:\n\n{about}",
@@ -48,9 +49,9 @@ def main() -> None:
     if unknown := [name for name in names if name not in GATES]:
         parser.error(f"unknown gate {', '.join(unknown)}; choose from {', '.join(GATES)}")
     results = {name: run_gate(name) for name in names}
-    print(f"\n{'gate':20}{'result':10}{'seconds':>8}")
+    print(f"\n{'gate':24}{'result':10}{'seconds':>8}")
     for name, (passed, seconds) in results.items():
-        print(f"{name:20}{'passed' if passed else 'FAILED':10}{seconds:8.0f}")
+        print(f"{name:24}{'passed' if passed else 'FAILED':10}{seconds:8.0f}")
     sys.exit(0 if all(passed for passed, _ in results.values()) else 1)
 
 

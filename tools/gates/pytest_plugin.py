@@ -35,15 +35,22 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    tests: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if _parameters(item).get("backend", "cpp") == "cpp":
-            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
-    kept: set[pytest.Item] = set()
-    for cases in tests.values():
-        kept.update(cases[i] for i in covering([_case(case) for case in cases], config.getoption("cover")))
+    compiled = [item for item in items if parameters(item).get("backend", "cpp") == "cpp"]
+    keep_only(thinned(compiled, config.getoption("cover")), config, items)
+
+
+def keep_only(kept: set[pytest.Item], config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the other items."""
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def thinned(items: Iterable[pytest.Item], strength: int) -> set[pytest.Item]:
+    """Of every test the cases in which each combination of `strength` parameter values still occurs."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return {cases[i] for cases in tests.values() for i in covering([_case(case) for case in cases], strength)}
 
 
 def covering(cases: list[Case], strength: int) -> list[int]:
@@ -64,10 +71,10 @@ def _scattered(count: int) -> Iterable[int]:
     return sorted(range(count), key=lambda i: i * golden % 1)
 
 
-def _parameters(item: pytest.Item) -> dict:
+def parameters(item: pytest.Item) -> dict:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def _case(item: pytest.Item) -> Case:
     """The parameters of a test, (name, identity of the value); the cases of one test share their values."""
-    return frozenset((name, id(value)) for name, value in _parameters(item).items())
+    return frozenset((name, id(value)) for name, value in parameters(item).items())

@@ -1,0 +1,47 @@
+"""A pytest plugin (`-p interpreter_plugin`) that runs the tests of softmax_infogain on the Triton kernels, in Triton's
+interpreter (TRITON_INTERPRET=1): thinned, and with `--tiles=small` on tiles so small that most rows take several."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.gates.pytest_plugin import keep_only, parameters, thinned
+
+_OF_COMPILED_CODE = {"compiled", "threads"}  # fixtures
+_MINUTES_LONG = ("special_long_rows", "40000-columns", "many_threads")
+# what a kernel does with the tiles of a row; the other tests are about what surrounds it
+_ABOUT_TILES = (
+    "loss_and_gradient",
+    "weights_ignored_rows_and_z_loss",
+    "optional_outputs",
+    "gradient_through_the_lse",
+    "second_derivative",
+    "zero_whatever_is_in_them",
+    "far_apart",
+    "special_rows",
+    "masked_class",
+)
+_MOST_CLASSES_IN_SMALL_TILES = 64
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("interpreter")
+    group.addoption("--tiles", choices=("small", "as-launched"), default="as-launched")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from lgd_kernels.triton_kernels import common, softmax_infogain
+
+    assert common.INTERPRETED
+    if config.getoption("tiles") == "small":
+        small = common.Tiles(rows=4, classes=16, whole=False, num_warps=1)
+        softmax_infogain.tiles_for = lambda *args: small
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = [item for item in items if not _OF_COMPILED_CODE & set(item.fixturenames)]
+    chosen = [item for item in chosen if not any(part in item.nodeid for part in _MINUTES_LONG)]
+    if config.getoption("tiles") == "small":
+        chosen = [item for item in chosen if any(part in item.nodeid for part in _ABOUT_TILES)]
+        chosen = [item for item in chosen if parameters(item).get("C", 0) <= _MOST_CLASSES_IN_SMALL_TILES]
+    keep_only(thinned(chosen, 1), config, items)
