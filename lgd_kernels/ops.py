@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lgd_kernels import backends
 from lgd_kernels.reference import accumulation_dtype, check_labels
+from lgd_kernels.reference.decoupled_linear import n_layers_of, stack_by_stack
 
 _LIBRARY = torch.library.Library("lgd_kernels", "DEF")
 _names: list[str] = []
@@ -173,8 +174,9 @@ softmax_infogain_backward_matrix = torch.ops.lgd_kernels.softmax_infogain_backwa
 count_labels = torch.ops.lgd_kernels.count_labels.default
 
 # ---------------------------------------------------------------------------------------------------------------------
-# local_residual and decoupled_linear. Lists have one entry per layer. Activations and hidden losses are positions in
-# reference.ACTIVATIONS and reference.HIDDEN_LOSSES.
+# local_residual and decoupled_linear. Lists of numbers have one entry per layer; those of tensors and bools that
+# decoupled_linear takes and returns have one per stack of layers, so that one call serves layers of any shapes.
+# Activations and hidden losses are positions in reference.ACTIVATIONS and reference.HIDDEN_LOSSES.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -192,12 +194,48 @@ def _vmap_over_layers(op: Callable, info, in_dims, *args):
             return _in_front(argument, dim, size).flatten(0, 1)
         return list(argument) * size if isinstance(argument, (list, tuple)) else argument
 
-    def split(output: Tensor) -> Tensor:  # an output that was not asked for has no elements and shape (0,)
-        return output.unflatten(0, (size, n_layers)) if output.shape[0] == size * n_layers else output.expand(size, 0)
-
-    n_layers = args[0].shape[0] if in_dims[0] is None else args[0].select(in_dims[0], 0).shape[0]
+    n_layers = _shape_of_entry(args[0], in_dims[0])[0]
     outputs = op(*(merged(a, in_dims[i]) for i, a in enumerate(args)))
-    return tuple(split(output) for output in outputs), (0,) * len(outputs)
+    return tuple(_split_stack(output, size, n_layers) for output in outputs), (0,) * len(outputs)
+
+
+def _vmap_over_stacks(op: Callable, info, in_dims, *args):
+    """The batch becomes part of the layers of every stack: of the first dimension of the tensors in lists, which a
+    single layer gets by it, and of what has one entry per layer, lists of numbers and tensors outside of lists. Lists
+    of bools have one per stack."""
+    size = info.batch_size
+    shapes = [_shape_of_entry(z, dim) for z, dim in zip(args[0], in_dims[0], strict=True)]
+    counts, single = [n_layers_of(shape) for shape in shapes], [len(shape) == 2 for shape in shapes]
+
+    def merged(argument, dim):
+        if isinstance(argument, Tensor):
+            return torch.cat([part.flatten(0, 1) for part in _in_front(argument, dim, size).split(counts, 1)])
+        if not isinstance(argument, (list, tuple)) or not argument or isinstance(argument[0], bool):
+            return argument
+        if isinstance(argument[0], (int, float)):
+            return [number for (part,) in stack_by_stack(counts, argument) for number in list(part) * size]
+        batched = [x if x is None else _in_front(x, d, size) for x, d in zip(argument, dim, strict=True)]
+        return [x if x is None or one else x.flatten(0, 1) for x, one in zip(batched, single, strict=True)]
+
+    def split(output):
+        if isinstance(output, Tensor):
+            parts = output.split([size * count for count in counts])
+            return torch.cat([_split_stack(part, size, count) for part, count in zip(parts, counts, strict=True)], 1)
+        stacks = [_split_stack(stack, size, count) for stack, count in zip(output, counts, strict=True)]
+        return [stack.squeeze(1) if one else stack for stack, one in zip(stacks, single, strict=True)]
+
+    outputs = tuple(split(output) for output in op(*(merged(a, in_dims[i]) for i, a in enumerate(args))))
+    return outputs, tuple(0 if isinstance(output, Tensor) else [0] * len(output) for output in outputs)
+
+
+def _shape_of_entry(x: Tensor, batch_dim: int | None) -> torch.Size:
+    """The shape of one entry of the batch."""
+    return x.shape if batch_dim is None else x.select(batch_dim, 0).shape
+
+
+def _split_stack(output: Tensor, size: int, n_layers: int) -> Tensor:
+    """The layers of all entries as (size, n_layers, ...); an output that was not asked for has shape (0,)."""
+    return output.unflatten(0, (size, n_layers)) if output.shape[0] == size * n_layers else output.expand(size, 0)
 
 
 def _local_residual_fake(logits, target, *rest):
@@ -213,22 +251,23 @@ def _local_residual_fake(logits, target, *rest):
 
 def _decoupled_linear_fake(z, weight, bias, target, *rest):
     need_residual, need_gradient = rest[-2:]
-    shape = target.shape
-    return (
-        z.new_empty(shape[0], dtype=accumulation_dtype(z.dtype)),
-        _on_request(need_residual, z, *shape),
-        _on_request(need_gradient, z, *shape),
-        _on_request(need_gradient, z, *shape),
-    )
+
+    def like_target(wanted: list[bool]) -> list[Tensor]:
+        return [_on_request(want, x, *y.shape) for want, x, y in zip(wanted, z, target, strict=True)]
+
+    energy = z[0].new_empty(sum(n_layers_of(x.shape) for x in z), dtype=accumulation_dtype(z[0].dtype))
+    return energy, like_target(need_residual), like_target(need_gradient), like_target(need_gradient)
 
 
 def _decoupled_linear_backward_fake(z, weight, *rest):
-    need_z, need_weight, need_bias = rest[-3:]
-    return (
-        _on_request(need_z, z, *z.shape),
-        _on_request(need_weight, z, *weight.shape, dtype=weight.dtype),
-        _on_request(need_bias, z, *weight.shape[:2], dtype=weight.dtype),
-    )
+    made = []
+    for x, w, *wanted in zip(z, weight, *rest[-5:], strict=True):
+        outputs = (*x.shape[:-1], w.shape[-2])
+        shapes = (x.shape, w.shape, w.shape[:-1], outputs, outputs)
+        dtypes = (x.dtype, w.dtype, w.dtype, x.dtype, x.dtype)
+        stacks = zip(wanted, shapes, dtypes, strict=True)
+        made.append([_on_request(want, x, *shape, dtype=dtype) for want, shape, dtype in stacks])
+    return tuple(list(stacks) for stacks in zip(*made, strict=True))
 
 
 _define(
@@ -241,18 +280,19 @@ _define(
 )
 _define(
     "decoupled_linear",
-    "(Tensor z, Tensor weight, Tensor? bias, Tensor target, Tensor? multiplier, int[] activation, bool preactivation, "
-    "int hidden_loss, float kappa, float[] rho, float[] skip, float[] branch_scale, float[] dual_step, "
-    "bool need_residual, bool need_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor[] z, Tensor[] weight, Tensor?[] bias, Tensor[] target, Tensor?[] multiplier, int[] activation, "
+    "bool preactivation, int hidden_loss, float kappa, float[] rho, float[] skip, float[] branch_scale, "
+    "float[] dual_step, bool[] need_residual, bool[] need_gradient) -> (Tensor, Tensor[], Tensor[], Tensor[])",
     _decoupled_linear_fake,
-    lambda info, in_dims, *args: _vmap_over_layers(decoupled_linear, info, in_dims, *args),
+    lambda info, in_dims, *args: _vmap_over_stacks(decoupled_linear, info, in_dims, *args),
 )
 _define(
     "decoupled_linear_backward",
-    "(Tensor z, Tensor weight, Tensor delta, Tensor q, Tensor? grad_energy, int[] activation, bool preactivation, "
-    "float[] skip, float[] branch_scale, bool need_z, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "(Tensor[] z, Tensor[] weight, Tensor[] e, Tensor[] delta, Tensor[] q, Tensor? grad_energy, int[] activation, "
+    "bool preactivation, float[] skip, float[] branch_scale, bool[] need_z, bool[] need_weight, bool[] need_bias, "
+    "bool[] need_target, bool[] need_multiplier) -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
     _decoupled_linear_backward_fake,
-    lambda info, in_dims, *args: _vmap_over_layers(decoupled_linear_backward, info, in_dims, *args),
+    lambda info, in_dims, *args: _vmap_over_stacks(decoupled_linear_backward, info, in_dims, *args),
 )
 
 _define(

@@ -51,6 +51,22 @@ def loss(z, weight, bias, target, multiplier, **options):
     return lgd.decoupled_linear_loss(z, weight, bias, target, multiplier=multiplier, **options)
 
 
+def forward_op(z, weight, bias, target, multiplier, *options):
+    """(energy, e, delta, q) of one stack; the options end in need_residual and need_gradient."""
+    *options, need_residual, need_gradient = options
+    stacks = ([x] for x in (z, weight, bias, target, multiplier))
+    energy, (e,), (delta,), (q,) = ops.decoupled_linear(*stacks, *options, [need_residual], [need_gradient])
+    return energy, e, delta, q
+
+
+def backward_op(z, weight, e, delta, q, grad_energy, *options):
+    """The gradients of one stack; the options end in whether each is needed, in the order of NAMES."""
+    *options, need_z, need_weight, need_bias, need_target, need_multiplier = options
+    needs = ([need] for need in (need_z, need_weight, need_bias, need_target, need_multiplier))
+    stacks = ([x] for x in (z, weight, e, delta, q))
+    return [gradient for (gradient,) in ops.decoupled_linear_backward(*stacks, grad_energy, *options, *needs)]
+
+
 def for_every_layer(T, **options):
     """Options of the loss, as the oracle wants them: one dictionary for each layer."""
     defaults = {"activation": "tanh", "preactivation": False, "hidden_loss": "squared", "kappa": 1.0, "rho": 1.0}
@@ -130,7 +146,7 @@ def test_outputs_on_request_and_the_step_of_the_multiplier(backend, dtype, preac
     per_layer = [o | {"dual_step": a} for o, a in zip(for_every_layer(3, **named, **numbers), dual_step, strict=True)]
     exact = exact_layers(exact_linear, tensors, per_layer)
     codes = [reference.ACTIVATIONS.index(name) for name in activation]
-    call = functools.partial(ops.decoupled_linear, *tensors, codes, preactivation, 1, 0.5, *numbers.values(), dual_step)
+    call = functools.partial(forward_op, *tensors, codes, preactivation, 1, 0.5, *numbers.values(), dual_step)
     outputs = call(True, True)
     for name, got in zip(("energy", "e", "delta", "q"), outputs, strict=True):
         assert_near(got, exact[name], dtype, name)
@@ -145,12 +161,13 @@ def test_outputs_on_request_and_the_step_of_the_multiplier(backend, dtype, preac
 def test_backward_op(backend, dtype, preactivation):
     """Any delta can be carried on; without grad_energy it counts as 1; only what is asked for is made."""
     z, weight, _, delta, q = (x.detach() for x in make(3, 6, 5, 5, dtype))
+    e = torch.randn_like(q)
     activation, skip, scale = ["gelu", "relu", "tanh"], [0.0, 1.0, 0.5], [1.0, 0.5, 0.2]
     codes = [reference.ACTIVATIONS.index(name) for name in activation]
-    call = functools.partial(ops.decoupled_linear_backward, z, weight, delta, q)
-    outputs = call(None, codes, preactivation, skip, scale, True, True, True)
+    call, everything = functools.partial(backward_op, z, weight, e, delta, q), [True] * 5
+    outputs = call(None, codes, preactivation, skip, scale, *everything)
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    scaled = call(upstream, codes, preactivation, skip, scale, True, True, True)
+    scaled = call(upstream, codes, preactivation, skip, scale, *everything)
     for t in range(3):
         x = z[t].double().requires_grad_()
         phi = PLAIN[activation[t]](x) if preactivation else x
@@ -160,12 +177,14 @@ def test_backward_op(backend, dtype, preactivation):
             grad_z - skip[t] * q[t].double(),
             scale[t] * delta[t].double().t() @ phi.detach(),
             delta[t].double().sum(0),
+            q[t].double(),
+            e[t].double(),
         )
-        for name, got, times, wanted in zip(("z", "weight", "bias"), outputs, scaled, expected, strict=True):
+        for name, got, times, wanted in zip(NAMES, outputs, scaled, expected, strict=True):
             assert_near(got[t], wanted.numpy(), dtype, name)
             assert_near(times[t], upstream[t].item() * wanted.numpy(), dtype, name)
-    for i in range(3):
-        needs = [j == i for j in range(3)]
+    for i in range(5):
+        needs = [j == i for j in range(5)]
         for j, got in enumerate(call(None, codes, preactivation, skip, scale, *needs)):
             assert torch.equal(got, outputs[j] if j == i else outputs[j].new_empty(0))
 
@@ -308,12 +327,15 @@ def make_lists(dtype=torch.float64):
     return lists
 
 
+def given_of(lists):
+    return [x for tensors in lists for x in tensors if x is not None]
+
+
 @by_preactivation
 def test_lists_of_unequal_layers(backend, preactivation):
     lists = make_lists()
     named = {"activation": ["relu", "tanh", "gelu"], "skip": [0.0, 1.0, 0.0], "rho": [1.0, 2.0, 0.5]}
-    energies = loss(*lists, **named, preactivation=preactivation)
-    given = [x for tensors in lists for x in tensors if x is not None]
+    energies, given = loss(*lists, **named, preactivation=preactivation), given_of(lists)
     grads = torch.autograd.grad(energies.sum(), given)
     per_layer = for_every_layer(3, **named, preactivation=preactivation)
     plain = torch.stack(
@@ -328,6 +350,89 @@ def test_lists_of_equal_layers_are_the_stack(backend):
     assert torch.equal(loss(*(list(x) for x in tensors)), loss(*tensors))
     z, weight, _, target, _ = tensors
     assert torch.equal(loss(tuple(z), tuple(weight), None, tuple(target), None), loss(z, weight, None, target, None))
+
+
+# The last mix keeps no two threads busy as whole layers, so that its layers are cut.
+MIXES = [
+    [(5, 4, 6), (5, 6, 6), (2, 6, 3)],
+    [(64, 64, 64)] * 4,
+    [(130, 70, 33), (130, 33, 33), (0, 3, 2), (3, 0, 2), (3, 2, 0)],
+    [(3, 4, 4), (200, 130, 140), (3, 4, 4)],
+]
+
+
+@by_preactivation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("sizes", MIXES, ids=str)
+def test_a_list_of_layers_equals_its_layers_bit_for_bit(backend, sizes, dtype, preactivation):
+    layers = [[x[0].detach().requires_grad_() for x in make(1, *of_layer, dtype)] for of_layer in sizes]
+    lists = [list(tensors) for tensors in zip(*layers, strict=True)]
+    lists[2][1] = lists[4][-1] = None
+    T = len(sizes)
+    rho, scale = [0.5 + t for t in range(T)], [1.0 / (1 + t) for t in range(T)]
+    activation, upstream = ["tanh", "gelu", "relu", "silu", "identity"][:T], torch.linspace(1, 2, T, dtype=dtype)
+    named = {"preactivation": preactivation, "hidden_loss": "huber", "kappa": 0.7}
+    energies = loss(*lists, **named, activation=activation, rho=rho, branch_scale=scale)
+    grads = iter(torch.autograd.grad(energies, given_of(lists), upstream))
+    of_list = [[None if x is None else next(grads) for x in tensors] for tensors in lists]
+    for t in range(T):
+        layer = [[tensors[t]] for tensors in lists]
+        energy = loss(*layer, **named, activation=activation[t], rho=rho[t], branch_scale=scale[t])
+        assert torch.equal(energy, energies[t : t + 1])
+        expected = torch.autograd.grad(energy, given_of(layer), upstream[t : t + 1])
+        assert all(map(torch.equal, expected, [x[t] for x in of_list if x[t] is not None]))
+
+
+def test_one_call_forward_and_one_backward_for_a_list(backend):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    lists = make_lists()
+    with Watch():
+        torch.autograd.grad(loss(*lists).sum(), given_of(lists))
+    assert [f for f in seen if f.namespace == "lgd_kernels"] == [ops.decoupled_linear, ops.decoupled_linear_backward]
+    others = [f for f in seen if f.namespace != "lgd_kernels" and f is not torch.ops.aten.detach.default]
+    assert len(others) <= 4  # the sum and its backward, but nothing for every layer
+
+
+def test_gradients_that_some_layers_do_not_need(backend):
+    lists = make_lists()
+    lists[0][0] = lists[0][0].detach()  # the net's input
+    for tensors in lists[:4]:
+        tensors[2] = tensors[2].detach()  # the last layer needs none at all
+    needed = [x for x in given_of(lists) if x.requires_grad]
+    energies = loss(*lists, activation="gelu")
+    energies.sum().backward()
+    layers, per_layer = zip(*lists, strict=True), for_every_layer(3, activation="gelu")
+    plain = torch.stack([plain_linear(*x, **o) for x, o in zip(layers, per_layer, strict=True)])
+    torch.testing.assert_close([x.grad for x in needed], list(torch.autograd.grad(plain.sum(), needed)))
+
+
+def test_stacks_and_layers_in_one_call_of_the_ops(backend):
+    """How layers are cut into stacks does not matter."""
+    z, weight, bias, target, multiplier = (x.detach() for x in make(4, 6, 5, 5, torch.float32))
+    activation, numbers = [1, 2, 6, 5], ([1.0, 0.0, 2.0, 0.5], [0.0, 1.0, 0.5, -1.0], [1.0, 0.3, -0.2, 0.7])
+    upstream, every = torch.tensor([1.0, 2.0, -1.0, 0.5]), [True] * 3
+
+    def cut(x):
+        return [x[:2], x[2], x[3:]]
+
+    options = (activation, True, 1, 0.5, *numbers, [0.0, 0.5, 1.0, 0.0])
+    energy, *made = ops.decoupled_linear(*map(cut, (z, weight, bias, target, multiplier)), *options, every, every)
+    expected, *of_stack = forward_op(z, weight, bias, target, multiplier, *options, True, True)
+    assert torch.equal(energy, expected)
+    for got, stack in zip(made, of_stack, strict=True):
+        assert all(map(torch.equal, got, cut(stack)))
+    options = (upstream, activation, True, *numbers[1:])
+    grads = ops.decoupled_linear_backward(cut(z), cut(weight), *made, *options, *[every] * 5)
+    for got, stack in zip(grads, backward_op(z, weight, *of_stack, *options, *[True] * 5), strict=True):
+        assert all(map(torch.equal, got, cut(stack)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,6 +584,53 @@ def test_transforms(preactivation):
     close(got, torch.func.jvp(torch.vmap(torch.func.grad(plain), 1), *along)[1])
 
 
+@by_preactivation
+def test_gradcheck_and_gradgradcheck_of_lists(preactivation):
+    lists = make_lists()
+    given = given_of(lists)
+
+    def energies(*tensors):
+        tensors = iter(tensors)
+        filled = [[None if x is None else next(tensors) for x in of] for of in lists]
+        return loss(*filled, activation=["gelu", "tanh", "silu"], skip=[0.0, 0.5, 0.0], preactivation=preactivation)
+
+    assert gradcheck(energies, given, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(energies, given, check_fwd_over_rev=True, fast_mode=True)
+
+
+@by_preactivation
+def test_transforms_of_lists(preactivation):
+    lists = make_lists()
+    tensors = [x.detach() for x in given_of(lists)]
+    named = {"activation": ["gelu", "tanh", "silu"], "skip": [0.0, 0.5, 0.0], "preactivation": preactivation}
+    per_layer = for_every_layer(3, **named)
+
+    def filled(tensors):
+        tensors = iter(tensors)
+        return [[None if x is None else next(tensors) for x in of] for of in lists]
+
+    def ours(*tensors):
+        return loss(*filled(tensors), **named)
+
+    def plain(*tensors):
+        layers = zip(*filled(tensors), strict=True)
+        return torch.stack([plain_linear(*x, **o) for x, o in zip(layers, per_layer, strict=True)])
+
+    every, close = tuple(range(len(tensors))), torch.testing.assert_close
+    batch = [torch.stack([x, 2 * x, -x], dim=1) for x in tensors]
+    for dims in ((1,) * len(tensors), (None, 1) * (len(tensors) // 2) + (1,) * (len(tensors) % 2)):
+        given = [b if dim == 1 else x for b, x, dim in zip(batch, tensors, dims, strict=True)]
+        close(torch.vmap(ours, dims)(*given), torch.vmap(plain, dims)(*given))
+        got, expected = (torch.func.grad(lambda *x, f=f: (f(*x) ** 2).sum(), every) for f in (ours, plain))
+        close(torch.vmap(got, dims)(*given), torch.vmap(expected, dims)(*given))
+    nested = [torch.stack([x, -x]) for x in batch]
+    inner = (1,) * len(tensors)
+    close(torch.vmap(torch.vmap(ours, inner))(*nested), torch.vmap(torch.vmap(plain, inner))(*nested))
+    close(torch.func.hessian(ours, 1)(*tensors), torch.func.hessian(plain, 1)(*tensors))
+    along = (tuple(tensors), tuple(torch.randn_like(x) for x in tensors))
+    close(torch.func.jvp(ours, *along), torch.func.jvp(plain, *along))
+
+
 def test_gradients_of_every_sample():
     """vmap over the samples gives each sample's share of the gradient of the weights."""
     z, weight, bias, target, multiplier = (x.detach() for x in make(2, 5, 3, 4))
@@ -494,37 +646,57 @@ def test_gradients_of_every_sample():
     torch.testing.assert_close(of_samples.sum(0), total(weight))
 
 
+def lists_of_stacks(dtype):
+    """A stack of two layers, and one layer of another shape, in the order of NAMES."""
+    stacks, layer = make(2, 3, 4, 4, dtype), make(1, 2, 5, 3, dtype)
+    return [[x.detach(), y.detach()[0]] for x, y in zip(stacks, layer, strict=True)]
+
+
 @pytest.mark.parametrize("given", ["everything", "nothing"])
 @by_dtype
 def test_opcheck(dtype, given):
-    tensors = [x.detach() for x in make(2, 3, 4, 4, dtype)]
-    z, weight, _, delta, q = tensors
-    upstream = torch.ones(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    lists = lists_of_stacks(dtype)
+    z, weight, _, delta, q = lists
+    upstream = torch.ones(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    wants = [given == "everything"] * 2
     if given == "nothing":
-        tensors[2] = tensors[4] = upstream = None
-    wants = given == "everything"
-    forward = ([2, 6], wants, 1, 0.7, [1.0, 0.5], [1.0, 0.0], [1.0, 0.3], [0.0, 0.5], wants, wants)
-    torch.library.opcheck(ops.decoupled_linear, (*tensors, *forward))
-    backward = ([2, 6], wants, [1.0, 0.0], [1.0, 0.3], wants, wants, wants)
-    torch.library.opcheck(ops.decoupled_linear_backward, (z, weight, delta, q, upstream, *backward))
+        lists[2] = lists[4] = [None, None]
+        upstream = None
+    numbers = ([2, 6, 1], wants[0], 1, 0.7, [1.0, 0.5, 2.0], [1.0, 0.0, 0.0], [1.0, 0.3, 0.1])
+    torch.library.opcheck(ops.decoupled_linear, (*lists, *numbers, [0.0, 0.5, 0.0], wants, wants))
+    backward = ([2, 6, 1], wants[0], [1.0, 0.0, 0.0], [1.0, 0.3, 0.1], *[wants] * 5)
+    torch.library.opcheck(ops.decoupled_linear_backward, (z, weight, q, delta, q, upstream, *backward))
+
+
+def test_opcheck_where_the_stacks_differ_in_what_is_given_and_wanted():
+    lists = lists_of_stacks(torch.float32)
+    lists[2][0] = lists[4][1] = None
+    numbers = ([2, 6, 1], True, 1, 0.7, [1.0, 0.5, 2.0], [1.0, 0.0, 0.0], [1.0, 0.3, 0.1], [0.0, 0.5, 0.0])
+    torch.library.opcheck(ops.decoupled_linear, (*lists, *numbers, [False, True], [True, False]))
+    z, weight, _, delta, q = lists_of_stacks(torch.float32)
+    e = [q[0].new_empty(0), torch.randn_like(q[1])]
+    needs = ([True, False], [False, True], [True, True], [False, True], [False, True])
+    backward = ([2, 6, 1], True, [1.0, 0.0, 0.0], [1.0, 0.3, 0.1], *needs)
+    torch.library.opcheck(ops.decoupled_linear_backward, (z, weight, e, delta, q, torch.ones(3), *backward))
 
 
 def test_opcheck_with_weights_in_a_narrower_dtype():
     tensors = [x.detach() for x in make(2, 3, 4, 5, torch.float32)]
     tensors[1], tensors[2] = tensors[1].bfloat16(), tensors[2].bfloat16()
-    options = ([2, 6], True, 0, 1.0, [1.0, 0.5], [0.0, 0.0], [1.0, 0.3], [0.0, 0.5], True, True)
-    torch.library.opcheck(ops.decoupled_linear, (*tensors, *options))
-    _, _, delta, q = ops.decoupled_linear(*tensors, *options)
-    options = ([2, 6], True, [0.0, 0.0], [1.0, 0.3], True, True, True)
-    torch.library.opcheck(ops.decoupled_linear_backward, (*tensors[:2], delta, q, None, *options))
+    lists = [[x] for x in tensors]
+    options = ([2, 6], True, 0, 1.0, [1.0, 0.5], [0.0, 0.0], [1.0, 0.3], [0.0, 0.5], [True], [True])
+    torch.library.opcheck(ops.decoupled_linear, (*lists, *options))
+    _, *made = ops.decoupled_linear(*lists, *options)
+    options = ([2, 6], True, [0.0, 0.0], [1.0, 0.3], *[[True]] * 5)
+    torch.library.opcheck(ops.decoupled_linear_backward, (*lists[:2], *made, None, *options))
 
 
 def test_the_gradient_of_a_narrower_bias_sums_what_is_not_rounded(backend):
     """Products take delta rounded to the weights' dtype; its sum over 300 samples is rounded once, at the end."""
     z, weight, _, delta, q = (torch.rand(2, 300, 4), torch.rand(2, 5, 4).bfloat16(), None, *torch.rand(2, 2, 300, 5))
     upstream = torch.tensor([1.0, -0.5])
-    options = ([0, 0], False, [0.0, 0.0], [1.0, 1.0], False, False, True)
-    _, _, grad_bias = ops.decoupled_linear_backward(z, weight, delta, q, upstream, *options)
+    options = ([0, 0], False, [0.0, 0.0], [1.0, 1.0], False, False, True, False, False)
+    _, _, grad_bias, _, _ = backward_op(z, weight, q, delta, q, upstream, *options)
     exact = delta.double().sum(1) * upstream.double()[:, None]
     assert torch.equal(grad_bias, exact.bfloat16())
 
@@ -563,9 +735,9 @@ def test_products_of_bfloat16(backend, dtype, library, sizes):
     per_layer = ([0.0] * T, [0.5] * T)  # skip, branch_scale
     with torch.backends.mkldnn.flags(enabled=library):
         options = ([0] * T, False, 0, 1.0, [1.0] * T, *per_layer, [0.0] * T, True, False)
-        _, e, _, _ = ops.decoupled_linear(z, weight, None, torch.zeros_like(target), None, *options)
-        given = (z, weight, delta, target, None, [0] * T, False, *per_layer)
-        grad_z, grad_weight, grad_bias = ops.decoupled_linear_backward(*given, True, True, True)
+        _, e, _, _ = forward_op(z, weight, None, torch.zeros_like(target), None, *options)
+        given = (z, weight, e, delta, target, None, [0] * T, False, *per_layer)
+        grad_z, grad_weight, grad_bias, _, _ = backward_op(*given, True, True, True, False, False)
     assert worst_of_product(e, operand, weight.mT, -0.5) < 1
     assert worst_of_product(grad_z, rounded, weight, 0.5) < 1
     assert worst_of_product(grad_weight, rounded.mT, operand, 0.5) < 1
@@ -584,9 +756,14 @@ def test_compile(dynamic):
         torch.testing.assert_close(torch.autograd.grad(energies.sum(), tensors), wanted)
 
 
+def test_compile_of_a_list_without_gradients():
+    lists = [[x if x is None else x.detach() for x in tensors] for tensors in make_lists(torch.float32)]
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True)(*lists), loss(*lists))
+
+
 def test_compile_lists():
     lists = make_lists(torch.float32)
-    given = [x for tensors in lists for x in tensors if x is not None]
+    given = given_of(lists)
     energies = torch.compile(loss, fullgraph=True)(*lists)
     expected = torch.autograd.grad(loss(*lists).sum(), given)
     torch.testing.assert_close(torch.autograd.grad(energies.sum(), given), expected)
@@ -605,7 +782,7 @@ def test_autocast(preactivation):
     z, weight, bias, target, multiplier = tensors
     options = ([2, 2], preactivation, 0, 1.0, [1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0], True, True)
     with torch.no_grad():
-        narrow = ops.decoupled_linear(z, weight.bfloat16(), bias.bfloat16(), target, multiplier, *options)
+        narrow = forward_op(z, weight.bfloat16(), bias.bfloat16(), target, multiplier, *options)
         rounded = (torch.tanh(z) if preactivation else z).bfloat16().float() @ weight.bfloat16().float().mT
         a = rounded + bias.bfloat16().float()[:, None]
         prediction = z + (a if preactivation else torch.tanh(a))
@@ -613,6 +790,16 @@ def test_autocast(preactivation):
     torch.testing.assert_close(narrow[1], target - prediction)
     for grad, exact in zip(grads, torch.autograd.grad(loss(*tensors, **named).sum(), tensors), strict=True):
         assert 0 < (grad - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_autocast_of_lists():
+    """As of the stack."""
+    tensors = make(3, 5, 6, 6, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        of_stack, of_list = loss(*tensors), loss(*(list(x) for x in tensors))
+    assert torch.equal(of_stack, of_list) and not torch.equal(of_list, loss(*tensors))
+    grads = torch.autograd.grad(of_list.sum(), tensors)
+    torch.testing.assert_close(grads, torch.autograd.grad(of_stack.sum(), tensors))
 
 
 def test_autocast_leaves_float64_alone():

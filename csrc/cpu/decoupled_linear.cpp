@@ -8,10 +8,16 @@ namespace lgd {
 inline namespace CPU_CAPABILITY {
 namespace {
 
+// About how long `products` products of a layer take, where what is done to each element counts like two inputs more.
+double work_of(const LinearLayer& l, int64_t products) {
+  return static_cast<double>(l.n_samples) * static_cast<double>(l.d_out) * static_cast<double>(products * l.d_in + 2);
+}
+
 template <typename Acc>
 void forward(const DecoupledLinear<Acc>& io) {
+  const int64_t parts = parts_of_layers(io.n_layers, [&](int64_t t) { return work_of(io.layers[t].linear, 1); });
   for_parts_of_layers(
-      io.n_layers, kRows, [&](int64_t t) { return io.layers[t].linear.n_samples; },
+      io.n_layers, parts, kRows, [&](int64_t t) { return io.layers[t].linear.n_samples; },
       [&](int64_t t, int64_t begin, int64_t end) {
         const DecoupledLinearLayer& layer = io.layers[t];
         fill_operand<Acc>(layer.linear, begin, end);
@@ -45,21 +51,50 @@ void parameter_gradients(const DecoupledLinearBackwardLayer& layer, int64_t begi
   for_panels_of_outputs<Acc>(l, layer.delta, layer.grad_weight.data != nullptr, begin, end, store);
 }
 
+// to = factor * from for samples [begin, end), where it is wanted.
+template <typename Acc>
+void scale_rows(const Matrix& from, const Matrix& to, int64_t columns, Acc factor, int64_t begin, int64_t end) {
+  using Vec = Vectorized<Acc>;
+  if (to.data == nullptr) {
+    return;
+  }
+  const Vec scale(factor);
+  for_pieces(0, columns, kInputs, [&](int64_t column, int64_t width) {
+    for_pieces(begin, end, kRows, [&](int64_t row, int64_t rows) {
+      const Tile tile{row, rows, column, width};
+      const auto given = read_tile<Acc>(from, tile, Scratch::Q);
+      const OutputTile<Acc> made(to, tile, Scratch::Residual);
+      for (int64_t i = 0; i < rows; ++i) {
+        const Acc* source = given.row(i);
+        Acc* target = made.view.row(i);
+        for_vectors<Acc>(
+            width, [&](int64_t j, int64_t n) { (Vec::loadu(source + j, n) * scale).store(target + j, n); });
+      }
+      made.finish();
+    });
+  });
+}
+
 template <typename Acc>
 void backward(const DecoupledLinearBackward<Acc>& io) {
-  const bool whole_layers = parts_of_layer(io.n_layers) == 1;
+  const int64_t parts = parts_of_layers(io.n_layers, [&](int64_t t) {
+    const DecoupledLinearBackwardLayer& layer = io.layers[t];
+    return work_of(layer.linear, (layer.grad_z.data != nullptr) + (layer.grad_weight.data != nullptr));
+  });
   const auto wants_parameters = [&](int64_t t) {
     return io.layers[t].grad_weight.data != nullptr || io.layers[t].grad_bias.data != nullptr;
   };
   for_parts_of_layers(
-      io.n_layers, kRows, [&](int64_t t) { return io.layers[t].linear.n_samples; },
+      io.n_layers, parts, kRows, [&](int64_t t) { return io.layers[t].linear.n_samples; },
       [&](int64_t t, int64_t begin, int64_t end) {
         const DecoupledLinearBackwardLayer& layer = io.layers[t];
+        const Acc upstream = static_cast<Acc>(layer.upstream);
+        scale_rows<Acc>(layer.q, layer.grad_target, layer.linear.d_out, upstream, begin, end);
+        scale_rows<Acc>(layer.residual, layer.grad_multiplier, layer.linear.d_out, upstream, begin, end);
         if (layer.grad_weight.data != nullptr) {
           fill_operand<Acc>(layer.linear, begin, end);
         }
         if (layer.grad_z.data != nullptr) {
-          const Acc upstream = static_cast<Acc>(layer.upstream);
           for_tiles_of_input_gradient<Acc>(
               layer.linear, layer.delta, layer.q, upstream, begin, end, [&](const Tile& tile, const auto& gradient) {
                 const OutputTile<Acc> target(layer.grad_z, tile, Scratch::Residual);
@@ -70,13 +105,13 @@ void backward(const DecoupledLinearBackward<Acc>& io) {
                 target.finish();
               });
         }
-        if (whole_layers && wants_parameters(t)) { // while delta is in cache
+        if (parts == 1 && wants_parameters(t)) { // while delta is in cache
           parameter_gradients<Acc>(layer, 0, layer.linear.d_out);
         }
       });
-  if (!whole_layers) {
+  if (parts > 1) {
     for_parts_of_layers(
-        io.n_layers, kPanel, [&](int64_t t) { return wants_parameters(t) ? io.layers[t].linear.d_out : 0; },
+        io.n_layers, parts, kPanel, [&](int64_t t) { return wants_parameters(t) ? io.layers[t].linear.d_out : 0; },
         [&](int64_t t, int64_t begin, int64_t end) { parameter_gradients<Acc>(io.layers[t], begin, end); });
   }
 }

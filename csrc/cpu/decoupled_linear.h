@@ -36,14 +36,14 @@ struct DecoupledLinear {
   Acc* energy = nullptr; // (T,), out
 };
 
-// Outputs whose data is null are not wanted.
+// Outputs whose data is null are not wanted, and what only they need may be absent.
 struct DecoupledLinearBackwardLayer {
   LinearLayer linear;
-  Matrix delta;               // (n, d_out)
-  Matrix q;                   // (n, d_out)
-  double upstream = 1;        // the gradient of the layer's energy
-  Matrix grad_z, grad_weight; // out
-  Matrix grad_bias;           // out, (1, d_out)
+  Matrix residual, delta, q;           // (n, d_out)
+  double upstream = 1;                 // the gradient of the layer's energy
+  Matrix grad_z, grad_weight;          // out
+  Matrix grad_bias;                    // out, (1, d_out)
+  Matrix grad_target, grad_multiplier; // out
 };
 
 template <typename Acc>

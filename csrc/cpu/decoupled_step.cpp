@@ -70,7 +70,7 @@ class Visit {
         n_samples_(io.layers[0].linear.n_samples),
         n_ranges_(tiles_of(n_samples_, kSweepRows)),
         chunk_size_(tiles_of(io.n_layers, num_threads() == 1 ? 1 : tiles_of(4 * num_threads(), n_ranges_ + 1))),
-        whole_layers_(parts_of_layer(io.n_layers) == 1) {}
+        parts_(parts_of_equal_layers(io.n_layers)) {}
 
   void run() const {
     for (int64_t k = 0; k < io_.steps; ++k) {
@@ -112,7 +112,7 @@ class Visit {
       release_multiplier();
     });
     for_parts_of_layers(
-        chunks - 1, kRows, [&](int64_t) { return n_samples_; },
+        chunks - 1, parts_of_equal_layers(chunks - 1), kRows, [&](int64_t) { return n_samples_; },
         [&](int64_t c, int64_t begin, int64_t end) {
           const StepLayer& layer = io_.layers[(c + 1) * chunk_size_];
           move_input(layer, layer.io, layer.q_of_input, begin, end);
@@ -184,21 +184,21 @@ class Visit {
   // Judge all layers at the final z, each with the step of its own parameters, which nobody else reads.
   void move_parameters(bool dual) const {
     for_parts_of_layers(
-        io_.n_layers, kRows, [&](int64_t) { return n_samples_; },
+        io_.n_layers, parts_, kRows, [&](int64_t) { return n_samples_; },
         [&](int64_t t, int64_t begin, int64_t end) {
           ResidualIo io = io_.layers[t].io;
           io.q = {}; // of no use to the parameters
-          if (whole_layers_ && n_ranges_ == 1) {
+          if (parts_ == 1 && n_ranges_ == 1) {
             io.delta = rows_in_scratch(Scratch::LayerDelta, begin, end, io.delta);
           }
           judge_layer(t, io, dual, begin, end);
-          if (whole_layers_) {
+          if (parts_ == 1) {
             update_parameters(t, io.delta, 0, io_.layers[t].linear.d_out);
           }
         });
-    if (!whole_layers_) {
+    if (parts_ > 1) {
       for_parts_of_layers(
-          io_.n_layers, kPanel, [&](int64_t t) { return io_.layers[t].linear.d_out; },
+          io_.n_layers, parts_, kPanel, [&](int64_t t) { return io_.layers[t].linear.d_out; },
           [&](int64_t t, int64_t begin, int64_t end) { update_parameters(t, io_.layers[t].io.delta, begin, end); });
     }
   }
@@ -263,8 +263,8 @@ class Visit {
   }
 
   const DecoupledStep<Acc>& io_;
-  const int64_t n_samples_, n_ranges_, chunk_size_; // ranges of kSweepRows samples; layers of a chunk
-  const bool whole_layers_;
+  const int64_t n_samples_, n_ranges_, chunk_size_, parts_; // ranges of kSweepRows samples; layers of a chunk; parts
+                                                            // of a layer
 };
 
 } // namespace

@@ -23,16 +23,36 @@ constexpr int64_t kOutputs = 512; // for the gradient of an input
 constexpr int64_t kSamples = 256; // for the gradient of a weight
 constexpr int64_t kInputs = 512;  // columns of a tile of such a gradient
 
-// Into how many parts the work of a layer is cut: 1 where whole layers keep all threads busy.
-inline int64_t parts_of_layer(int64_t n_layers) {
-  const int64_t threads = num_threads(), rounds = tiles_of(n_layers, threads);
-  return 10 * rounds * threads <= 11 * n_layers ? 1 : 4 * threads;
+// Into how many parts the work of every layer is cut: 1 where whole layers keep all threads busy, which is where the
+// last thread is done at most 10 % late if each takes the next layer as soon as it is free; work(t) in any unit.
+template <typename Work>
+inline int64_t parts_of_layers(int64_t n_layers, const Work& work) {
+  const int64_t threads = num_threads();
+  double* busy = scratch_of<double>(Scratch::Sums, threads);
+  for (int64_t i = 0; i < threads; ++i) {
+    busy[i] = 0;
+  }
+  double total = 0, last = 0;
+  for (int64_t t = 0; t < n_layers; ++t) {
+    int64_t free = 0;
+    for (int64_t i = 1; i < threads; ++i) {
+      free = busy[i] < busy[free] ? i : free;
+    }
+    const double done = busy[free] += work(t);
+    last = done > last ? done : last;
+    total += work(t);
+  }
+  return 10 * last * static_cast<double>(threads) <= 11 * total ? 1 : 4 * threads;
 }
 
-// body(t, begin, end) for ranges that cover the size(t) items of every layer and start at multiples of `step`.
+// The same for layers of equal shapes.
+inline int64_t parts_of_equal_layers(int64_t n_layers) {
+  return parts_of_layers(n_layers, [](int64_t) { return 1.0; });
+}
+
+// body(t, begin, end) for so many ranges per layer, which cover its size(t) items and start at multiples of `step`.
 template <typename Size, typename Body>
-inline void for_parts_of_layers(int64_t n_layers, int64_t step, const Size& size, const Body& body) {
-  const int64_t parts = parts_of_layer(n_layers);
+inline void for_parts_of_layers(int64_t n_layers, int64_t parts, int64_t step, const Size& size, const Body& body) {
   parallel_for(0, n_layers * parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t t = i / parts, part = i % parts;

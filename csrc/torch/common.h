@@ -3,12 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 #include <optional>
+#include <vector>
 
 #include "../cpu/dtype.h"
 
 namespace lgd {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using TensorList = std::vector<at::Tensor>;
+using OptionalTensorList = std::vector<OptionalTensor>;
 
 inline DType dtype_of_tensor(const at::Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {

@@ -9,17 +9,20 @@
 
 namespace lgd {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> decoupled_linear(
-    const at::Tensor& z, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& target,
-    const OptionalTensor& multiplier, const std::vector<int64_t>& activation, bool preactivation, int64_t hidden_loss,
-    double kappa, const std::vector<double>& rho, const std::vector<double>& skip,
-    const std::vector<double>& branch_scale, const std::vector<double>& dual_step, bool need_residual,
-    bool need_gradient);
+// Energies (T,), e, delta, q.
+std::tuple<at::Tensor, TensorList, TensorList, TensorList> decoupled_linear(
+    const TensorList& z, const TensorList& weight, const OptionalTensorList& bias, const TensorList& target,
+    const OptionalTensorList& multiplier, const std::vector<int64_t>& activation, bool preactivation,
+    int64_t hidden_loss, double kappa, const std::vector<double>& rho, const std::vector<double>& skip,
+    const std::vector<double>& branch_scale, const std::vector<double>& dual_step,
+    const std::vector<bool>& need_residual, const std::vector<bool>& need_gradient);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> decoupled_linear_backward(
-    const at::Tensor& z, const at::Tensor& weight, const at::Tensor& delta, const at::Tensor& q,
+// The gradients of z, weight, bias, target and multiplier.
+std::tuple<TensorList, TensorList, TensorList, TensorList, TensorList> decoupled_linear_backward(
+    const TensorList& z, const TensorList& weight, const TensorList& e, const TensorList& delta, const TensorList& q,
     const OptionalTensor& grad_energy, const std::vector<int64_t>& activation, bool preactivation,
-    const std::vector<double>& skip, const std::vector<double>& branch_scale, bool need_z, bool need_weight,
-    bool need_bias);
+    const std::vector<double>& skip, const std::vector<double>& branch_scale, const std::vector<bool>& need_z,
+    const std::vector<bool>& need_weight, const std::vector<bool>& need_bias, const std::vector<bool>& need_target,
+    const std::vector<bool>& need_multiplier);
 
 } // namespace lgd

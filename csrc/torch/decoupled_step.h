@@ -9,8 +9,6 @@
 
 namespace lgd {
 
-using TensorList = std::vector<at::Tensor>;
-
 // The lists of stacks, and what is given once for all layers.
 struct DecoupledStepArguments {
   at::Tensor x; // (n, d_0)

@@ -157,8 +157,14 @@ at::Tensor empty_on_huge_pages(const at::Tensor& like) {
 }
 
 at::Tensor empty_on_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
-  const at::Tensor layout = at::empty(shape, at::TensorOptions(dtype).device(at::kMeta));
-  return layout.nbytes() < kWorthwhile ? at::empty(shape, dtype) : on_huge_pages(layout);
+  double bytes = static_cast<double>(c10::elementSize(dtype)); // which cannot overflow
+  for (const int64_t size : shape) {
+    bytes *= static_cast<double>(size);
+  }
+  if (bytes < static_cast<double>(kWorthwhile)) {
+    return at::empty(shape, dtype);
+  }
+  return on_huge_pages(at::empty(shape, at::TensorOptions(dtype).device(at::kMeta)));
 }
 
 #else

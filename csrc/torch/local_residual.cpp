@@ -30,7 +30,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_residual(
   const at::ScalarType acc = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor energy = at::empty({n_layers}, logits.options().dtype(acc));
   const at::Tensor tile_energy = at::empty({n_layers, logits.size(1)}, logits.options().dtype(at::kDouble));
-  const Stack of_residual = stack_output(residual), of_delta = stack_output(delta), of_q = stack_output(q);
+  const Stack of_residual = stack_output(residual, need_residual), of_delta = stack_output(delta, need_gradient),
+              of_q = stack_output(q, need_gradient);
   std::vector<ResidualLayer> layers(n_layers);
   for (int64_t t = 0; t < n_layers; ++t) {
     layers[t].n_samples = logits.size(1);

@@ -8,8 +8,8 @@ namespace lgd {
 namespace {
 
 Stack stack_of(const at::Tensor& tensor, const char* name) {
-  return {
-      const_cast<void*>(tensor.const_data_ptr()), dtype_of_tensor(tensor, name), tensor.stride(0), tensor.stride(1)};
+  const int64_t row_stride = tensor.dim() == 1 ? 0 : tensor.stride(-2);
+  return {const_cast<void*>(tensor.const_data_ptr()), dtype_of_tensor(tensor, name), tensor.stride(0), row_stride};
 }
 
 } // namespace
@@ -26,12 +26,12 @@ StackInput::StackInput(const OptionalTensor& given, at::IntArrayRef shape, const
     return;
   }
   TORCH_CHECK_VALUE(given->sizes() == shape, name, ": expected shape ", shape, ", got ", given->sizes());
-  tensor = given->stride(2) == 1 || given->size(2) <= 1 ? *given : given->contiguous();
+  tensor = given->stride(-1) == 1 || given->size(-1) <= 1 ? *given : given->contiguous();
   stack = stack_of(tensor, name);
 }
 
-Stack stack_output(const at::Tensor& tensor) {
-  return tensor.dim() == 1 ? Stack{} : stack_of(tensor, "output");
+Stack stack_output(const at::Tensor& tensor, bool wanted) {
+  return wanted ? stack_of(tensor, "output") : Stack{};
 }
 
 at::Tensor empty(const at::Tensor& like) {

@@ -10,7 +10,8 @@
 
 namespace lgd {
 
-// A tensor (T, n, d) with its last dimension contiguous; strides count elements. Absent when `data` is null.
+// A tensor (T, n, d) with its last dimension contiguous; strides count elements. Absent when `data` is null. n may be
+// missing, for vectors, and so may T, for one layer.
 struct Stack {
   void* data = nullptr;
   DType dtype = DType::Float32;
@@ -19,7 +20,7 @@ struct Stack {
   Matrix layer(int64_t t) const;
 };
 
-// A tensor (T, n, d) as the kernels read it, which keeps it alive: itself where its rows are contiguous, else a copy.
+// Such a tensor as the kernels read it, which keeps it alive: itself where its rows are contiguous, else a copy.
 struct StackInput {
   Stack stack;
   at::Tensor tensor;
@@ -28,8 +29,8 @@ struct StackInput {
   StackInput(const OptionalTensor& given, at::IntArrayRef shape, const char* name);
 };
 
-// The same for a tensor to be written, made by the caller; absent if it has no dimensions but one.
-Stack stack_output(const at::Tensor& tensor);
+// The same for a tensor to be written, made by the caller; absent if it is not wanted.
+Stack stack_output(const at::Tensor& tensor, bool wanted = true);
 
 // What an output that is not wanted is: no elements, with the dtype of `like`.
 at::Tensor empty(const at::Tensor& like);

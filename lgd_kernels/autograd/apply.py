@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 
@@ -13,7 +14,10 @@ def apply(function: type[Function], with_forward_mode: type[Function], args: tup
     with_forward_mode: the subclass that adds the jvp.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return function.apply(*args)
+        # torch.compile tells a forward without ctx by the number of its parameters, and there may be any (torch 2.13)
+        return function.forward(*args)
     if torch._C._are_functorch_transforms_active():
         return with_forward_mode.apply(*args)
     # Function.apply inspects the signature of `forward` at every call to bind defaults, which we have none of: the

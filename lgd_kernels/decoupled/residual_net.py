@@ -57,16 +57,17 @@ class LinearStack(NamedTuple):
         """Every layer's delta and q for squared hidden loss; see `reference.decoupled_linear`."""
         T = len(self.weight)
         options = ([self.activation] * T, True, SQUARED, 1.0, [rho] * T, [self.skip] * T, [self.branch_scale] * T)
-        _, _, delta, q = ops.decoupled_linear(
-            z, self.weight, self.bias, target, multiplier, *options, [0.0] * T, False, True
-        )
+        tensors = ([z], [self.weight], [self.bias], [target], [multiplier])
+        _, _, (delta,), (q,) = ops.decoupled_linear(*tensors, *options, [0.0] * T, [False], [True])
         return Judgement(delta, q)
 
     def gradient_of_input(self, z: Tensor, delta: Tensor, q: Tensor) -> Tensor:
         """dE/dz (T, n, d_in) from delta (T, n, d_out) and q (read only if skip is not 0)."""
         T = len(self.weight)
         options = ([self.activation] * T, True, [self.skip] * T, [self.branch_scale] * T)
-        return ops.decoupled_linear_backward(z, self.weight, delta, q, None, *options, True, False, False)[0]
+        made = ([q], [delta], [q])  # e is of no use here
+        needs = ([True], [False], [False], [False], [False])
+        return ops.decoupled_linear_backward([z], [self.weight], *made, None, *options, *needs)[0][0]
 
 
 class ResidualNet:

@@ -19,6 +19,7 @@ from lgd_kernels.losses.checks import (
     layer_numbers,
     weights_of_energy,
 )
+from lgd_kernels.reference.decoupled_linear import n_layers_of
 
 
 def _check_tensors(tensors: dict[str, Tensor | None], layer: str, dim: int, autocast: bool) -> None:
@@ -42,7 +43,8 @@ def _check_tensors(tensors: dict[str, Tensor | None], layer: str, dim: int, auto
 
 
 def _as_stacks(tensors: dict[str, Tensor | Sequence[Tensor] | None]) -> list[dict[str, Tensor | None]]:
-    """The layers as checked stacks: one stack for stacked tensors, one for each layer of lists."""
+    """The layers as checked stacks: one stack for stacked tensors, for lists one for each layer, without the first
+    dimension."""
     z = tensors["z"]
     if isinstance(z, Tensor):
         _check_tensors(tensors, "", 3, torch.is_autocast_enabled(z.device.type))
@@ -62,13 +64,17 @@ def _as_stacks(tensors: dict[str, Tensor | Sequence[Tensor] | None]) -> list[dic
         autocast = isinstance(layer["z"], Tensor) and torch.is_autocast_enabled(layer["z"].device.type)
         _check_tensors(layer, f"[{t}]", 2, autocast)
         check_alike({"z[0]": z[0], f"z[{t}]": layer["z"]}, autocast)
-    return [{name: x if x is None else x.unsqueeze(0) for name, x in layer.items()} for layer in layers]
+    return layers
+
+
+def _n_layers(stack: dict[str, Tensor | None]) -> int:
+    return n_layers_of(stack["z"].shape)
 
 
 def _check_skip(skip: list[float], stacks: list[dict[str, Tensor | None]]) -> None:
-    d_ins = [stack["z"].shape[2] for stack in stacks for _ in range(stack["z"].shape[0])]
-    d_outs = [stack["target"].shape[2] for stack in stacks for _ in range(stack["z"].shape[0])]
-    for t, (c, d_in, d_out) in enumerate(zip(skip, d_ins, d_outs, strict=True)):
+    layers = (stack for stack in stacks for _ in range(_n_layers(stack)))
+    for t, (c, layer) in enumerate(zip(skip, layers, strict=True)):
+        d_in, d_out = layer["z"].shape[-1], layer["target"].shape[-1]
         if c != 0 and d_in != d_out:
             raise ValueError(f"skip: is {c} for layer {t}, which needs d_in == d_out, got {d_in} and {d_out}")
 
@@ -120,7 +126,9 @@ def decoupled_linear_loss(
     Args:
         z: (T, n, d_in), T layers of n samples; float64, float32, bfloat16 or float16; any strides. Sums are accumulated
             in float64 for float64 and in float32 otherwise. Where the layers' shapes differ, all tensors are lists
-            with one tensor per layer and without the first dimension; layer t then has its own n, d_in and d_out.
+            with one tensor per layer and without the first dimension; layer t then has its own n, d_in and d_out, and
+            its bias or multiplier may be None. All layers still go to the kernel at once; only a call of many small
+            layers costs more than one of their stack.
         weight: (T, d_out, d_in).
         bias: (T, d_out), or None.
         target: (T, n, d_out).
@@ -143,18 +151,16 @@ def decoupled_linear_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device, value or name.
     """
     stacks = _as_stacks({"z": z, "weight": weight, "bias": bias, "target": target, "multiplier": multiplier})
-    n_layers = sum(stack["z"].shape[0] for stack in stacks)
+    n_layers = sum(_n_layers(stack) for stack in stacks)
     codes, rhos = activation_codes(activation, n_layers), weights_of_energy(rho, n_layers)
     loss = hidden_loss_code(hidden_loss, kappa)
     skips, scales = layer_numbers("skip", skip, n_layers), layer_numbers("branch_scale", branch_scale, n_layers)
     _check_skip(skips, stacks)
 
-    energies, t = [], 0
-    for stack in map(_for_autocast, stacks):
-        tensors, of_stack = list(stack.values()), slice(t, t + stack["z"].shape[0])
-        per_layer = (rhos[of_stack], skips[of_stack], scales[of_stack])
-        options = DecoupledLinearOptions(codes[of_stack], bool(preactivation), loss, float(kappa), *per_layer)
-        energy, _, _, _ = decoupled_linear(*tensors, options, is_needed([stack["multiplier"]]), is_needed(tensors))
-        energies.append(energy)
-        t = of_stack.stop
-    return energies[0] if len(energies) == 1 else torch.cat(energies)
+    stacks = [_for_autocast(stack) for stack in stacks]
+    need_residual = [is_needed([stack["multiplier"]]) for stack in stacks]
+    need_gradient = [is_needed(stack.values()) for stack in stacks]
+    per_layer, needs = (rhos, skips, scales), (need_residual, need_gradient)
+    options = DecoupledLinearOptions(codes, bool(preactivation), loss, float(kappa), *per_layer, *needs)
+    energies, *_ = decoupled_linear(options, *(stack[name] for name in stacks[0] for stack in stacks))
+    return energies
