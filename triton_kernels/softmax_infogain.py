@@ -646,7 +646,10 @@ def _launch_over_rows(
         aligned = all(view.inner == 1 for view in views)
         multiples = [inner, *(view.outer for view in views), *(view.classes for view in views)]
     align = alignment(logits.element_size(), *multiples) if aligned else 1
-    kept = 2 ** (("vector" in like_logits) + (parts[0] is not None))
+    similarity = _similarity(parts, logits.dtype)
+    has_base, has_stored = parts[0] is not None or parts[1] is not None, parts[5] is not None
+    more = (has_base, has_stored, "vector" in like_logits or per_row_inputs["upstream_lse"] is not None)
+    kept = min(2 ** sum(more), 4)
     tiles = tiles_for(classes, 1 if side_by_side else inner, logits.dtype, architecture_of(logits.device), kept)
     wide = max(map(extent, (*tensors, *parts)))  # beyond the end of a tensor lies at most a tile
     launch(
@@ -655,7 +658,7 @@ def _launch_over_rows(
         logits,
         rows(logits, swapped),
         per_row(labels),
-        _similarity(parts, logits.dtype),
+        similarity,
         ignore_index,
         z_loss,
         labels.numel(),
