@@ -195,8 +195,9 @@ def rows_of_program(
         inner_size = multiple(inner_size, ALIGN)
         n_rows = multiple(n_rows, ALIGN)
         # 4 bytes for a thread: a warp reads 128 bytes that lie side by side with that too, and a thread that has few
-        # rows has few registers with their sums, maxima and addresses (124 -> 64 for 24 classes in bfloat16)
-        few: tl.constexpr = max(32 // tensor.data.dtype.element_ty.primitive_bitwidth, 1)
+        # rows has few registers with their sums, maxima and addresses. Only where no two of them straddle the end.
+        bits: tl.constexpr = tensor.data.dtype.element_ty.primitive_bitwidth
+        few: tl.constexpr = 32 // bits if ALIGN > 1 and bits < 32 else 1
         return row, row < n_rows, row // inner_size, tl.max_contiguous(row % inner_size, few)
     return row, row < n_rows, row // inner_size, row % inner_size
 
@@ -644,7 +645,7 @@ def _launch_over_rows(
         multiples = [classes, *(view.outer for view in views), *(view.inner for view in views if inner > 1)]
     else:
         aligned = all(view.inner == 1 for view in views)
-        multiples = [inner, *(view.outer for view in views), *(view.classes for view in views)]
+        multiples = [inner, *(view.outer for view in views if not swapped), *(view.classes for view in views)]
     align = alignment(logits.element_size(), *multiples) if aligned else 1
     similarity = _similarity(parts, logits.dtype)
     has_base, has_stored = parts[0] is not None or parts[1] is not None, parts[5] is not None
