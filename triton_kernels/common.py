@@ -80,15 +80,16 @@ def tiles_for(classes: int, inner: int, dtype: torch.dtype, architecture: int, k
     inner: 1 if the classes of a row lie side by side, otherwise the number of rows that do. Only whether it is 1
         counts, and the number of rows does not: the bits of a row must not depend on the others.
     dtype: of the logits. architecture: 90 for compute capability 9.0.
-    kept: how many tiles a program holds in registers, one of logits and others beside it.
+    kept: 1, 2 or 4: how much a program holds in registers, as a multiple of a tile of logits.
     """
     numbers = 32 // kept // (2 if dtype == torch.float64 else 1)  # of a tile, for a thread: 32 registers in all
     largest = 1024 * numbers
     block = triton.next_power_of_2(max(classes, 1))
     if inner > 1:
         # side by side: 32 bytes, what memory moves at once, or more
-        rows, whole = max(1024 // block, 16), block * 16 <= largest
+        rows, whole = max(1024 // block, 16), block * 32 <= largest
         if not whole:
+            numbers = max(numbers // 2, 8)
             rows, block = 32, 8 * numbers
     elif block < 256:
         # a thread has a number of each of several rows, and all that belongs to those rows: 4, not more
@@ -99,7 +100,7 @@ def tiles_for(classes: int, inner: int, dtype: torch.dtype, architecture: int, k
             # A block of 32 warps has a multiprocessor that can hold 64 to itself, because of its registers: so few rows
             # are under way that the second read finds them in the L2 cache. Others hold 48 warps, 3 blocks of 16.
             block = largest // 2 if architecture in (80, 90, 100) else largest // 4
-            numbers //= 2
+            numbers = max(numbers // 2, 8)
     return Tiles(rows, block, whole, num_warps=max(rows * block // (32 * numbers), 1))
 
 

@@ -195,8 +195,9 @@ def rows_of_program(
         inner_size = multiple(inner_size, ALIGN)
         n_rows = multiple(n_rows, ALIGN)
         # 4 bytes for a thread: a warp reads 128 bytes that lie side by side with that too, and a thread that has few
-        # rows has few registers with their sums, maxima and addresses (124 -> 64 for 24 classes in bfloat16)
-        few: tl.constexpr = max(32 // tensor.data.dtype.element_ty.primitive_bitwidth, 1)
+        # rows has few registers with their sums, maxima and addresses. Only where no two of them straddle the end.
+        bits: tl.constexpr = tensor.data.dtype.element_ty.primitive_bitwidth
+        few: tl.constexpr = 32 // bits if ALIGN > 1 and bits < 32 else 1
         return row, row < n_rows, row // inner_size, tl.max_contiguous(row % inner_size, few)
     return row, row < n_rows, row // inner_size, row % inner_size
 
@@ -644,9 +645,12 @@ def _launch_over_rows(
         multiples = [classes, *(view.outer for view in views), *(view.inner for view in views if inner > 1)]
     else:
         aligned = all(view.inner == 1 for view in views)
-        multiples = [inner, *(view.outer for view in views), *(view.classes for view in views)]
+        multiples = [inner, *(view.outer for view in views if not swapped), *(view.classes for view in views)]
     align = alignment(logits.element_size(), *multiples) if aligned else 1
-    kept = 2 ** (("vector" in like_logits) + (parts[0] is not None))
+    similarity = _similarity(parts, logits.dtype)
+    has_base, has_stored = parts[0] is not None or parts[1] is not None, parts[5] is not None
+    more = (has_base, has_stored, "vector" in like_logits or per_row_inputs["upstream_lse"] is not None)
+    kept = min(2 ** sum(more), 4)
     tiles = tiles_for(classes, 1 if side_by_side else inner, logits.dtype, architecture_of(logits.device), kept)
     wide = max(map(extent, (*tensors, *parts)))  # beyond the end of a tensor lies at most a tile
     launch(
@@ -655,7 +659,7 @@ def _launch_over_rows(
         logits,
         rows(logits, swapped),
         per_row(labels),
-        _similarity(parts, logits.dtype),
+        similarity,
         ignore_index,
         z_loss,
         labels.numel(),

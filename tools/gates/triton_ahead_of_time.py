@@ -34,6 +34,7 @@ SHAPES = {
     "long": (64, 32768, 1),
     "twice": (64, 131072, 1),
     "columns": (8, 24, 4096),
+    "tall_columns": (8, 1000, 1024),
     "twice_columns": (8, 4096, 1024),
 }
 _WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*, 0x10")
