@@ -90,6 +90,17 @@ def test_the_bits_of_a_row_do_not_depend_on_the_batch(kind):
             assert torch.equal(a[0], b[i])
 
 
+def test_many_tiles_of_equal_terms(monkeypatch):
+    """All rounded alike when they are added one by one to a large term: the errors would add up."""
+    monkeypatch.setattr(kernels, "tiles_for", lambda *args: common.Tiles(8, 16, False, 1))
+    logits = torch.linspace(-9, -3, 8)[:, None].repeat(1, 4096)
+    logits[:, 0] = 0
+    labels = torch.zeros(8, 1, dtype=torch.int64)
+    loss, *_ = kernels.softmax_infogain(logits[:, :, None], labels, *[None] * 6, -100, 0.0, None, False, False)
+    exact = torch.logsumexp(logits.double(), 1, keepdim=True)
+    assert ((loss - exact).abs() <= 2 * torch.finfo(torch.float32).eps * (1 + exact)).all()
+
+
 def test_arguments_of_wrong_sizes():
     logits, labels, *rest = rows_with(torch.arange(4), "none")
     upstream = torch.ones(4, 1)

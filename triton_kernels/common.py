@@ -100,7 +100,8 @@ def tiles_for(classes: int, inner: int, dtype: torch.dtype, architecture: int, k
             # A block of 32 warps has a multiprocessor that can hold 64 to itself, because of its registers: so few rows
             # are under way that the second read finds them in the L2 cache. Others hold 48 warps, 3 blocks of 16.
             block = largest // 2 if architecture in (80, 90, 100) else largest // 4
-            numbers = max(numbers // 2, 8)
+            numbers //= 2
+        numbers = max(numbers, 8)  # two loads of 16 bytes or more, and room for all that belongs to the row
     return Tiles(rows, block, whole, num_warps=max(rows * block // (32 * numbers), 1))
 
 
