@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 def apply(function: type[Function], with_forward_mode: type[Function], args: tuple):
@@ -14,6 +14,10 @@ def apply(function: type[Function], with_forward_mode: type[Function], args: tup
     with_forward_mode: the subclass that adds the jvp.
     """
     if torch.compiler.is_compiling():
+        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+            torch._dynamo.graph_break()  # to eager code, or an error with fullgraph=True: tangents would get lost
+        # views: of an argument of a function in torch.func.grad, dynamo holds that it needs no gradient (torch 2.13)
+        args = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in args)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return function.apply(*args)
         # torch.compile tells a forward without ctx by the number of its parameters, and there may be any (torch 2.13)
