@@ -146,7 +146,7 @@ LGD_DEVICE Position position_in_columns(const SoftmaxInfogainInput<Acc>& in) {
 }
 
 template <typename Base, typename T, typename Acc>
-__global__ void __launch_bounds__(kThreadsOfColumns) in_columns(
+__global__ void __launch_bounds__(kMostThreads) in_columns(
     const __grid_constant__ SoftmaxInfogainInput<Acc> in, const __grid_constant__ SoftmaxInfogainOutput<Acc> out) {
   const Position p = position_in_columns(in);
   if (!block_any(!is_done(out, p))) {
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kMostThreads) double_backward_in_stream(
 }
 
 template <typename Base, typename T, typename Acc>
-__global__ void __launch_bounds__(kThreadsOfColumns) double_backward_in_columns(
+__global__ void __launch_bounds__(kMostThreads) double_backward_in_columns(
     const __grid_constant__ SoftmaxInfogainInput<Acc> in,
     const __grid_constant__ SoftmaxInfogainDoubleBackward<Acc> io) {
   const Position p = position_in_columns(in);
@@ -278,14 +278,16 @@ __global__ void __launch_bounds__(kThreadsOfMatrix) gradient_of_matrix(
 
 constexpr int kInvalidValue = 1; // cudaErrorInvalidValue
 
-// f(base) for the base of H. A matrix is of the accumulation type or bfloat16; the caller converts another.
+// f(base) for the base of H.
 template <typename Acc, typename F>
 int with_base(const InfogainView& h, const F& f) {
   if (h.matrix == nullptr) {
     return h.background == nullptr ? f(Nothing{}) : f(Constant{});
   }
-  if (h.matrix_dtype == DType::BFloat16) {
-    return f(BFloat16{});
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (h.matrix_dtype == DType::BFloat16) {
+      return f(BFloat16{});
+    }
   }
   return f(Acc{});
 }
@@ -381,6 +383,31 @@ RowShape shape_of(const SoftmaxInfogainInput<Acc>& in, const Rows& grad, int com
   return shape;
 }
 
+template <typename Base, typename T, typename Acc>
+int launch_on_chip(
+    const SoftmaxInfogainInput<Acc>& in, const SoftmaxInfogainOutput<Acc>& out, const Configuration& c, void* stream) {
+  if constexpr (sizeof(T) < 8) {
+    const int64_t rows = in.outer * in.inner, tile = c.lanes > 0 ? c.threads / c.lanes : 1;
+    Grid grid = grid_of_blocks(in, c);
+    switch (c.mode) {
+      case Mode::RegisterLanes:
+        grid = {divided_up(rows, tile), c.threads};
+        return launch<in_register_lanes<Base, T, Acc>>(grid, stream, in, out, c.lanes);
+      case Mode::SharedLanes:
+        grid = {divided_up(rows, tile), c.threads, 1, 1, bytes_for<T>(tile * in.classes)};
+        return launch<in_shared_lanes<Base, T, Acc>>(grid, stream, in, out, c.lanes);
+      case Mode::RegisterBlock:
+        return launch<in_register_block<Base, T, Acc>>(grid, stream, in, out, c.cluster);
+      case Mode::SharedBlock:
+        grid.shared_bytes += bytes_for<T>(classes_of_block(in.classes, c.cluster, kPerVector<T>));
+        return launch<in_shared_block<Base, T, Acc>>(grid, stream, in, out, c.cluster);
+      default:
+        break;
+    }
+  }
+  return kInvalidValue;
+}
+
 } // namespace
 
 template <typename Acc>
@@ -402,28 +429,13 @@ int softmax_infogain(
   return with_types(in, [&](auto base, auto element) -> int {
     using Base = decltype(base);
     using T = decltype(element);
-    const int64_t rows = in.outer * in.inner;
-    Grid grid = grid_of_blocks(in, c);
-    switch (c.mode) {
-      case Mode::RegisterLanes:
-        grid = {divided_up(rows * c.lanes, c.threads), c.threads};
-        return launch<in_register_lanes<Base, T, Acc>>(grid, stream, in, out, c.lanes);
-      case Mode::RegisterBlock:
-        return launch<in_register_block<Base, T, Acc>>(grid, stream, in, out, c.cluster);
-      case Mode::SharedLanes: {
-        const int64_t tile = c.threads / c.lanes;
-        grid = {divided_up(rows, tile), c.threads, 1, 1, bytes_for<T>(tile * in.classes)};
-        return launch<in_shared_lanes<Base, T, Acc>>(grid, stream, in, out, c.lanes);
-      }
-      case Mode::SharedBlock:
-        grid.shared_bytes += bytes_for<T>(classes_of_block(in.classes, c.cluster, kPerVector<T>));
-        return launch<in_shared_block<Base, T, Acc>>(grid, stream, in, out, c.cluster);
-      case Mode::Stream:
-        return launch<in_stream<Base, T, Acc>>(grid, stream, in, out, shape.aligned);
-      case Mode::Columns:
-        return launch<in_columns<Base, T, Acc>>(grid_of_columns(in, c), stream, in, out);
+    if (c.mode == Mode::Stream) {
+      return launch<in_stream<Base, T, Acc>>(grid_of_blocks(in, c), stream, in, out, shape.aligned);
     }
-    return 0;
+    if (c.mode == Mode::Columns) {
+      return launch<in_columns<Base, T, Acc>>(grid_of_columns(in, c), stream, in, out);
+    }
+    return launch_on_chip<Base, T>(in, out, c, stream);
   });
 }
 

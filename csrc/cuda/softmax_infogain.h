@@ -14,9 +14,9 @@
 namespace lgd::gpu {
 
 // H = matrix + background + diagonal, then the stored values take the place of what is there; the identity where all
-// are null. The matrix is of the accumulation type or bfloat16, and excludes a background; background, diagonal and
-// values are of the accumulation type. Also what is one number is on the device:
-// reading it on the host would wait for the stream.
+// are null. The matrix is of the accumulation type, or bfloat16 where that is float, and excludes a background;
+// background, diagonal and values are of the accumulation type. Also what is one number is on the device: reading it on
+// the host would wait for the stream.
 struct InfogainView {
   const void* matrix = nullptr; // (n_rows, C)
   DType matrix_dtype = DType::Float32;

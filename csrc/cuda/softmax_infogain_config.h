@@ -52,14 +52,13 @@ constexpr int whole_warps(int64_t threads) {
 
 constexpr int64_t kBytesOfLanes = 32 * kVectors * kVectorBytes; // what the lanes of a warp hold: 4 KB
 constexpr int64_t kBytesOfBlock = 32 << 10; // of a row, before it is given to a cluster: leaves room for other blocks
-constexpr int64_t kMostInRegisters = 1024 * kVectors * kVectorBytes; // of one block: 128 KB
 constexpr int64_t kMostInShared = 96 << 10; // of one block: what every chip from sm_80 on has, some of them no more
-constexpr int kMostBlocks = 8;              // of a cluster that runs everywhere
+constexpr int64_t kMostInRegisters = 512 * kVectors * kVectorBytes; // of one block: 64 KB
+constexpr int kMostBlocks = 8;                                      // of a cluster that runs everywhere
 
-constexpr int kThreadsOfLanes = 128;   // of a block, in the *Lanes modes
-constexpr int kThreadsOfColumns = 512; // at most
+constexpr int kThreadsOfLanes = 128; // of a block, in the *Lanes modes
 constexpr int kThreadsOfMatrix = 256;
-constexpr int kMostThreads = 1024;
+constexpr int kMostThreads = 512; // of the others: 128 registers for each
 
 constexpr Configuration stream_configuration(const RowShape& row) {
   const int64_t bytes = row.classes * row.element_size;
@@ -78,6 +77,9 @@ constexpr Configuration configure(const RowShape& row) {
           ? 1
           : static_cast<int>(std::min<int64_t>(power_of_two_from(divided_up(bytes, kBytesOfBlock)), kMostBlocks));
   const int64_t bytes_of_block = divided_up(bytes, blocks);
+  if (row.element_size == 8) { // float64 is for checking derivatives
+    return stream_configuration(row);
+  }
   if (row.aligned) {
     if (bytes <= kBytesOfLanes) {
       return {Mode::RegisterLanes, std::min(power_of_two_from(bytes / kVectorBytes), 32), kThreadsOfLanes, 1};
@@ -106,15 +108,19 @@ constexpr int64_t classes_of_block(int64_t classes, int cluster, int per_vector)
 constexpr bool fits(const Configuration& c, const RowShape& row) {
   const int64_t bytes_of_block =
       classes_of_block(row.classes, c.cluster, kVectorBytes / row.element_size) * row.element_size;
+  const bool on_chip = row.element_size < 8 && row.side_by_side;
+  if (c.threads > (c.mode == Mode::RegisterLanes || c.mode == Mode::SharedLanes ? kThreadsOfLanes : kMostThreads)) {
+    return false;
+  }
   switch (c.mode) {
     case Mode::RegisterLanes:
-      return row.aligned && row.classes * row.element_size <= c.lanes * kVectors * kVectorBytes;
+      return on_chip && row.aligned && row.classes * row.element_size <= c.lanes * kVectors * kVectorBytes;
     case Mode::RegisterBlock:
-      return row.aligned && bytes_of_block <= c.threads * kVectors * kVectorBytes;
+      return on_chip && row.aligned && bytes_of_block <= c.threads * kVectors * kVectorBytes;
     case Mode::SharedLanes:
-      return row.side_by_side && row.packed && c.threads / c.lanes * row.classes * row.element_size <= kMostInShared;
+      return on_chip && row.packed && c.threads / c.lanes * row.classes * row.element_size <= kMostInShared;
     case Mode::SharedBlock:
-      return row.side_by_side && bytes_of_block <= kMostInShared;
+      return on_chip && bytes_of_block <= kMostInShared;
     case Mode::Stream:
       return row.side_by_side;
     case Mode::Columns:

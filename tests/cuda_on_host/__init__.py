@@ -192,7 +192,7 @@ class Kernels:
             return
         matrix, background, diagonal, crow, col, values = h
         dtype = accumulation_dtype(logits.dtype)
-        if matrix is not None and matrix.dtype != torch.bfloat16:
+        if matrix is not None and (matrix.dtype != torch.bfloat16 or dtype == torch.float64):
             matrix = matrix.to(dtype)
         rows = logits.shape[1] if matrix is None else matrix.shape[0]
         converted = {
