@@ -9,13 +9,16 @@ import traceback
 from collections.abc import Callable
 
 from tools.gates.common import GateError
+from tools.gates.cuda_ahead_of_time import cuda_ahead_of_time
+from tools.gates.cuda_on_host import cuda_on_host
 from tools.gates.emulated_cpus import emulated_cpus
 from tools.gates.sanitizers import sanitizers
 from tools.gates.symbols import symbols
 from tools.gates.without_compiler import without_compiler
 
 GATES: dict[str, Callable[[], None]] = {
-    gate.__name__: gate for gate in (symbols, sanitizers, emulated_cpus, without_compiler)
+    gate.__name__: gate
+    for gate in (symbols, sanitizers, emulated_cpus, without_compiler, cuda_on_host, cuda_ahead_of_time)
 }
 
 
