@@ -31,7 +31,7 @@ CONFIGURATIONS = {
     "shared, one lane": (Configuration("shared_lanes", 1), 7),
     "shared, lanes": (Configuration("shared_lanes", 2, threads=64), 10),
     "shared, warp": (Configuration("shared_lanes", 32, threads=96), 203),
-    "shared, block": (Configuration("shared_block", threads=64), 1001),
+    "shared, block": (Configuration("shared_block", threads=96), 1001),
     "shared, cluster": (Configuration("shared_block", threads=32, cluster=4), 403),
     "stream": (Configuration("stream", threads=64), 997),
     "stream of vectors": (Configuration("stream", threads=64), 2008),

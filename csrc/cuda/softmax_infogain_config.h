@@ -65,21 +65,26 @@ constexpr Configuration stream_configuration(const RowShape& row) {
   return {Mode::Stream, 0, std::min(whole_warps(divided_up(bytes, 4 * kVectorBytes)), kMostThreads), 1};
 }
 
+// One warp in the class direction for every 32 classes; then as many rows as make the block 128 threads.
+constexpr Configuration columns_configuration(const RowShape& row) {
+  const int warps = std::min(power_of_two_from(divided_up(row.classes, 32)), 16);
+  return {Mode::Columns, warps, std::max(128, 32 * warps), 1};
+}
+
+constexpr int blocks_for(int64_t bytes, int compute_capability) {
+  return compute_capability < 90 ? 1 : std::min(power_of_two_from(divided_up(bytes, kBytesOfBlock)), kMostBlocks);
+}
+
 constexpr Configuration configure(const RowShape& row) {
-  const int64_t bytes = row.classes * row.element_size;
   if (!row.side_by_side) {
-    // one warp in the class direction for every 32 classes; then as many rows as make the block 128 threads
-    const int warps = std::min(power_of_two_from(divided_up(row.classes, 32)), 16);
-    return {Mode::Columns, warps, std::max(128, 32 * warps), 1};
+    return columns_configuration(row);
   }
-  const int blocks =
-      row.compute_capability < 90
-          ? 1
-          : static_cast<int>(std::min<int64_t>(power_of_two_from(divided_up(bytes, kBytesOfBlock)), kMostBlocks));
-  const int64_t bytes_of_block = divided_up(bytes, blocks);
-  if (row.element_size == 8) { // float64 is for checking derivatives
+  if (row.element_size == 8) { // float64 is for checking derivatives: four kernels less to compile for every H
     return stream_configuration(row);
   }
+  const int64_t bytes = row.classes * row.element_size;
+  const int blocks = blocks_for(bytes, row.compute_capability);
+  const int64_t bytes_of_block = divided_up(bytes, blocks);
   if (row.aligned) {
     if (bytes <= kBytesOfLanes) {
       return {Mode::RegisterLanes, std::min(power_of_two_from(bytes / kVectorBytes), 32), kThreadsOfLanes, 1};

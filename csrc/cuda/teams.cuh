@@ -62,7 +62,8 @@ class Block {
     }
   }
   static constexpr int64_t scratch_bytes(int threads, int blocks) {
-    return 2 * kMostReduced * sizeof(A) * blocks * (threads / kWarp);
+    const int64_t bytes = 2 * kMostReduced * sizeof(A) * blocks * (threads / kWarp);
+    return (bytes + 15) / 16 * 16; // 128-bit vectors may lie behind it
   }
 
   template <int N, typename Op>
