@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_softmax_infogain
 import torch
 from cases import DTYPES, SOME_KINDS, dtype_name, make_labels
 from cuda_on_host import MODES, Configuration, Kernels, build, compiler
+from oracle import array
 from problem import Problem
 from test_softmax_infogain import KINDS, LAYOUTS, add_special_rows, make, sharpened
+from tolerance import assert_accurate
 
 from lgd_kernels import backends, ops
 
@@ -270,36 +273,48 @@ def test_a_gradient_made_in_advance_is_corrected_where_it_must_be(kernels, class
     problem.assert_grad(grad.squeeze(2), upstream.flatten(), "none")
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 @by_dtype
 @by_some_kinds
-def test_second_derivative(kernels, kind, dtype, columns):
-    from test_softmax_infogain import test_second_derivative as check
+def test_second_derivative(kernels, kind, dtype):
+    test_softmax_infogain.test_second_derivative(kind, dtype, "none")
 
-    check(kind, dtype, "none")
-    problem = make(kind, 4, 203, dtype)
-    if columns:
-        problem.logits = problem.logits.T.contiguous().T
-    logits = problem.logits.requires_grad_()
-    (grad,) = torch.autograd.grad(problem.loss(reduction="sum"), logits, create_graph=True)
-    v = torch.randn(4, 203).to(dtype)
-    (product,) = torch.autograd.grad(grad, logits, v)
-    with np.errstate(all="ignore"):
-        p, slope = problem.exact.p, problem.exact.slope[:, None]
-        expected = slope * p * (v.double().numpy() - (p * v.double().numpy()).sum(1, keepdims=True))
-    step = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
-    scale = float(np.abs(expected).max())
-    torch.testing.assert_close(
-        product.double(), torch.from_numpy(expected.astype(float)), rtol=step, atol=max(1e-6, 1e-15) * max(scale, 1)
-    )
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("C", [200, 203])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@by_some_kinds
+def test_second_derivative_with_several_warps(kernels, kind, dtype, C, columns):
+    """Against the reference in float64: the rows of several warps, and those of a block of columns."""
+    z_loss = 0.05
+    problem = make(kind, 6, C, dtype, z_loss=z_loss, ignore_index=3)
+    problem.labels[1] = 3
+    x, labels = problem.logits.unsqueeze(2), problem.labels.unsqueeze(1)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1) if columns else x
+    upstream, of_lse, v = torch.randn(6, 1), torch.randn(6, 1), torch.randn(6, C, 1).to(dtype)
+    parts = problem.H.parts if problem.H else [None] * 6
+
+    def derivatives(answer, dtype):
+        rows = (x.to(dtype), labels, *parts, 3, z_loss)
+        return answer(*rows, upstream.to(dtype), of_lse.to(dtype), v.to(dtype))
+
+    kernels.used.clear()
+    found = ops.softmax_infogain_double_backward(x, labels, *parts, 3, z_loss, upstream, of_lse, v)
+    assert kernels.used == {"columns" if columns else kernels.configure(C, x.element_size(), aligned=C % 8 == 0).mode}
+    reference = backends.reference.softmax_infogain_double_backward
+    largest = v.abs().max().item()
+    slope = np.abs(array(problem.dense)).sum(1).max() + 2 * z_loss * (problem.exact.lse_scale + 1)
+    factor = (np.abs(array(upstream)[:, 0]) * slope + np.abs(array(of_lse)[:, 0]))[:, None]
+    scales = (factor * problem.exact.p_scale * largest, slope * largest, np.full(6, largest))
+    results = zip(found, derivatives(reference, torch.float64), derivatives(reference, torch.float32), strict=True)
+    for (got, exact, plain), scale in zip(results, scales, strict=True):
+        scale = scale.reshape(exact.shape)
+        assert_accurate(got, array(exact), plain.numpy(), scale, torch.float32, "second derivative")
 
 
 @by_dtype
 def test_gradient_of_a_matrix(kernels, dtype):
-    from test_softmax_infogain import test_gradient_of_the_tensors_of_H as check
-
     for kind in ("dense_negative", "sparse_background", "diagonal_background"):
-        check(kind, dtype, "mean")
+        test_softmax_infogain.test_gradient_of_the_tensors_of_H(kind, dtype, "mean")
 
 
 def test_all_modes_are_tested():

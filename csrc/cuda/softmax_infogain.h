@@ -2,8 +2,9 @@
 // lgd_kernels/reference/softmax_infogain.py.
 //
 // Each function starts its kernels on `stream` (a cudaStream_t), allocates nothing, waits for nothing and returns a
-// cudaError_t. Class axes of any stride are served; the gradient, grad_grad and grad_logits have the logits' dtype and
-// may not overlap them. Results are the same in every run, and a row's bits depend on the configuration alone.
+// cudaError_t. There is at least one row and one class. Class axes of any stride are served; the gradient, grad_grad
+// and grad_logits have the logits' dtype and may not overlap them. Results are the same in every run, and a row's bits
+// depend on the row and the configuration alone.
 #pragma once
 
 #include <cstdint>

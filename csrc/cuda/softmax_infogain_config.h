@@ -52,7 +52,8 @@ constexpr int whole_warps(int64_t threads) {
 
 constexpr int64_t kBytesOfLanes = 32 * kVectors * kVectorBytes; // what the lanes of a warp hold: 4 KB
 constexpr int64_t kBytesOfBlock = 32 << 10; // of a row, before it is given to a cluster: leaves room for other blocks
-constexpr int64_t kMostInShared = 96 << 10; // of one block: what every chip from sm_80 on has, some of them no more
+// Of one block, beside its scratch: what every chip from sm_80 on has, some of them 99 KB and no more.
+constexpr int64_t kMostInShared = 94 << 10;
 constexpr int64_t kMostInRegisters = 512 * kVectors * kVectorBytes; // of one block: 64 KB
 constexpr int kMostBlocks = 8;                                      // of a cluster that runs everywhere
 
