@@ -8,7 +8,7 @@ from test_cuda_on_host import kernels, library  # noqa: F401
 from test_softmax_infogain import *  # noqa: F403
 
 # about the compiled extension, threads of the CPU, or the memory that the CPU's glue allocates
-_OTHERS = ("extension_has_every_op", "allocate", "on_the_threads", "nor_on_the_threads")
+_OTHERS = ("extension_has_every_op", "allocate", "on_the_threads")
 for _name in [name for name in vars(test_softmax_infogain) if name.startswith("test_")]:
     if any(words in _name for words in _OTHERS):
         del globals()[_name]
