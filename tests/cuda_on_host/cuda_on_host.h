@@ -4,11 +4,13 @@
 // Wrong use is reported with kernel, block and thread: a barrier that some threads skip, a shuffle or vote that names a
 // lane which does not come, a caller that its own mask does not name. Shared memory starts as NaN and lies alone on the
 // heap, so that AddressSanitizer sees an access beyond it; UBSan sees a 128-bit access that is not aligned. A missing
-// barrier shows as a wrong result: a fiber runs alone, in order or (`reversed`) against it, until it waits.
+// barrier shows as a wrong result: a fiber runs alone until it waits, a warp until it waits for other warps, a block
+// until it waits for other blocks; in order or, `reversed`, against it.
 #pragma once
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -362,37 +364,36 @@ inline bool release_cluster(std::vector<Block>& cluster) {
   return true;
 }
 
-// Lets who can run; whether anybody still waits or runs.
-inline bool run_once(std::vector<Block>& cluster) {
-  bool left = false;
-  for (Block& block : cluster) {
-    const size_t count = block.threads.size();
-    for (size_t i = 0; i < count; ++i) {
-      Thread& thread = block.threads[reversed ? count - 1 - i : i];
+// Lets a warp run until all its threads wait for other warps or have finished.
+inline void run_warp(Block& block, int warp) {
+  const int first = warp * 32, end = std::min(first + 32, static_cast<int>(block.threads.size()));
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (int i = first; i < end && failure.empty(); ++i) {
+      Thread& thread = block.threads[reversed ? first + end - 1 - i : i];
       if (thread.place == Place::Running) {
         resume(thread);
+        progress = true;
       }
-      if (!failure.empty()) {
-        return false;
-      }
-      left = left || thread.place != Place::Finished;
+    }
+    for (int i = first; i < end && failure.empty(); ++i) {
+      progress = release_lanes(block.threads[i]) || progress;
     }
   }
-  return left;
 }
 
-inline bool release(std::vector<Block>& cluster) {
-  bool any = release_cluster(cluster);
-  for (Block& block : cluster) {
-    any = release_block(block, Place::BlockBarrier) || any;
-    for (Thread& thread : block.threads) {
-      any = release_lanes(thread) || any;
+// Lets a block run until all its threads wait for other blocks or have finished. Each warp runs as far ahead of the
+// others as it can, so that a barrier that is missing shows; of a cluster, each block.
+inline void run_block(Block& block) {
+  const int warps = static_cast<int>(block.threads.size() + 31) / 32;
+  do {
+    for (int warp = 0; warp < warps; ++warp) {
+      run_warp(block, reversed ? warps - 1 - warp : warp);
     }
-  }
-  return any;
+  } while (failure.empty() && release_block(block, Place::BlockBarrier));
 }
 
-// Some threads wait for what never comes: says so for the first of them.
+// Where threads wait for what never comes, says so for the first of them.
 inline void report_stuck(const std::vector<Block>& cluster) {
   for (const Block& block : cluster) {
     for (const Thread& thread : block.threads) {
@@ -448,12 +449,12 @@ inline void run_cluster(std::vector<Block>& cluster) {
       start(thread, fiber++);
     }
   }
-  while (run_once(cluster)) {
-    if (!release(cluster)) {
-      report_stuck(cluster);
-      return;
+  do {
+    for (size_t i = 0; i < cluster.size(); ++i) {
+      run_block(cluster[reversed ? cluster.size() - 1 - i : i]);
     }
-  }
+  } while (failure.empty() && release_cluster(cluster));
+  report_stuck(cluster);
 }
 
 inline std::string why_not(const Launch& launch) {
