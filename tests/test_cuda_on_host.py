@@ -193,8 +193,10 @@ def test_every_kernel(kernels, classes, kind, dtype):
 
 @by_configuration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-def test_special_rows(kernels, classes, dtype):
-    problem = make("dense_negative", 16, classes, dtype)
+@pytest.mark.parametrize("kind", ["none", "dense_zero_row_sums", "sparse_background"])
+def test_special_rows(kernels, classes, kind, dtype):
+    """Among them masked classes where H is 0."""
+    problem = make(kind, 16, classes, dtype)
     add_special_rows(problem)
     check_everything(problem)
 
