@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CUDA_SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -path 'tests/*.h' -o -path 'tests/*.cpp')
 
 .PHONY: help install demo test bench lint format gates clean
 
@@ -17,7 +18,7 @@ help:
 	@echo "make bench    time the kernels against PyTorch; table, picture, bench/results/"
 	@echo "make install  create .venv and build the package into it"
 	@echo "make lint     check the style of Python and C++ (make format: apply it)"
-	@echo "make gates    the long checks: sanitizers, symbols, emulated CPUs, Triton ahead of time, no compiler"
+	@echo "make gates    the long checks: sanitizers, symbols, emulated CPUs, no compiler; Triton and CUDA without a GPU"
 
 install: .venv/installed
 
@@ -43,12 +44,12 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
 
 gates: install
 	$(BIN)/python -m tools.gates

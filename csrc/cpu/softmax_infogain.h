@@ -3,25 +3,10 @@
 
 #include <cstdint>
 
+#include "../common/views.h"
 #include "dtype.h"
 
 namespace lgd {
-
-// A tensor (O, C, I): `data` is element [0, 0, 0], strides count elements.
-struct Rows {
-  void* data = nullptr;
-  DType dtype = DType::Float32;
-  int64_t outer_stride = 0, class_stride = 0, inner_stride = 0;
-};
-
-// A per-row tensor (O, I). Absent when `data` is null.
-template <typename T>
-struct PerRow {
-  T* data = nullptr;
-  int64_t outer_stride = 0, inner_stride = 0;
-
-  T& at(int64_t outer, int64_t inner) const { return data[outer * outer_stride + inner * inner_stride]; }
-};
 
 // H = matrix + background + diagonal, then the stored values take the place of what is there. Pointers are null where
 // H has no such part; diagonal and values are of the accumulation type.

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 
 from tools.gates.common import GateError
+from tools.gates.cuda_ahead_of_time import cuda_ahead_of_time
+from tools.gates.cuda_on_host import cuda_on_host
 from tools.gates.emulated_cpus import emulated_cpus
 from tools.gates.sanitizers import sanitizers
 from tools.gates.symbols import symbols
@@ -16,7 +18,16 @@ from tools.gates.triton_ahead_of_time import triton_ahead_of_time
 from tools.gates.without_compiler import without_compiler
 
 GATES: dict[str, Callable[[], None]] = {
-    gate.__name__: gate for gate in (symbols, triton_ahead_of_time, sanitizers, emulated_cpus, without_compiler)
+    gate.__name__: gate
+    for gate in (
+        symbols,
+        triton_ahead_of_time,
+        cuda_on_host,
+        sanitizers,
+        emulated_cpus,
+        without_compiler,
+        cuda_ahead_of_time,
+    )
 }
 
 

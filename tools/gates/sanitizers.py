@@ -34,13 +34,13 @@ RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # libstdc++: ASan must
 def sanitizers() -> None:
     """The C++ under AddressSanitizer and UBSan, for each instruction set of this machine"""
     library = build("sanitizers", FLAGS)
-    preload = " ".join(_runtime(name) for name in RUNTIMES)
+    preload = " ".join(sanitizer_runtime(name) for name in RUNTIMES)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for line in pool.map(lambda capability: _check(library, preload, capability), _capabilities()):
             print(line)
 
 
-def _runtime(name: str) -> str:
+def sanitizer_runtime(name: str) -> str:
     path = run([os.environ.get("CXX", "g++"), f"-print-file-name={name}"], f"looking for {name}").strip()
     if not Path(path).is_absolute():
         raise GateError(f"{name} was not found; it comes with g++ (Debian: libasan8 and libubsan1 for g++ 12)")

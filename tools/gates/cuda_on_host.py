@@ -1,0 +1,52 @@
+"""The CUDA kernels on this CPU, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+from tools.gates.common import FOLDER, ROOT, GateError, run, summary, tool
+from tools.gates.sanitizers import FLAGS, RUNTIMES, sanitizer_runtime
+
+WORK = FOLDER / "cuda_on_host"
+# every combination of two parameters of the first, every parameter of the second
+TESTS = {"test_cuda_on_host.py": 2, "cuda_on_host/full_set.py": 1}
+
+
+def cuda_on_host() -> None:
+    """The CUDA kernels, run on this CPU under sanitizers"""
+    tool(os.environ.get("CXX", "g++"), "g++")
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    sys.path.insert(0, str(ROOT / "tests"))
+    import cuda_on_host
+
+    library = cuda_on_host.build(WORK, (*FLAGS.split(), "-O0"))  # with -O1 g++ 12 takes more than two minutes
+    for test, cover in TESTS.items():
+        print(f"{test}: {_check(library, test, cover)}, no report")
+
+
+def _check(library, test: str, cover: int) -> str:
+    """Run tests on the library; how many. Raises GateError for a report of a sanitizer or a failing test."""
+    reports = WORK / f"report-{test.replace('/', '-')}"
+    command = ["-m", "pytest", "-p", "tools.gates.pytest_plugin", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    command += [f"--cover={cover}", "--capture=sys", ROOT / "tests" / test]
+    failure = None
+    try:
+        output = run(
+            [sys.executable, *command],
+            test,
+            LGD_CUDA_ON_HOST=library,
+            LGD_BACKEND="reference",
+            LD_PRELOAD=" ".join(sanitizer_runtime(name) for name in RUNTIMES),
+            ASAN_OPTIONS=f"detect_leaks=0:detect_stack_use_after_return=0:log_path={reports}",
+            UBSAN_OPTIONS=f"print_stacktrace=1:log_path={reports}",
+        )
+    except GateError as error:
+        failure = error
+    if found := sorted(WORK.glob(f"{reports.name}.*")):
+        raise GateError(f"{test}: {len(found)} sanitizer reports, the first:\n{found[0].read_text()[:6000]}")
+    if failure is not None:
+        raise failure
+    return summary(output)
