@@ -512,6 +512,31 @@ def test_a_dispatch_mode_sees_the_ops():
     assert ops.softmax_infogain_reduced in seen
 
 
+def _losses_of_one_tensor():
+    z, weight, target = torch.randn(2, 3, 4), torch.randn(2, 4, 4), torch.randn(2, 3, 4)
+    return {
+        "softmax_infogain_loss": (lambda x: lgd.softmax_infogain_loss(x, torch.tensor([2, 0, 1])), torch.randn(3, 4)),
+        "local_residual_loss": (lambda x: lgd.local_residual_loss(x, target).sum(), z),
+        "decoupled_linear_loss": (lambda x: lgd.decoupled_linear_loss(x, weight, None, target).sum(), z),
+        "of a list": (lambda x: lgd.decoupled_linear_loss([*x], [*weight], None, [*target]).sum(), z),
+    }
+
+
+@pytest.mark.parametrize("name", _losses_of_one_tensor())
+def test_transforms_inside_a_compiled_function(name):
+    """torch.func.grad is traced; torch.func.jvp goes to eager code, because tangents would get lost."""
+    loss, x = _losses_of_one_tensor()[name]
+    gradient = torch.func.grad(loss)
+
+    def derivative(x):
+        return torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
+
+    expected = gradient(x)
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.compile(derivative, backend="aot_eager")(x), expected.sum())
+
+
 def test_watchers_see_a_decoupled_step():
     """A call that concerns nobody else goes to the kernel past the dispatcher; these do not."""
     from torch.overrides import TorchFunctionMode
