@@ -11,6 +11,8 @@ from cases import DTYPES, KINDS, REDUCTIONS, SOME_KINDS, dtype_name
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lgd_kernels as lgd
 from lgd_kernels import ops
@@ -497,19 +499,35 @@ def test_a_subclass_sees_the_ops():
         assert torch.equal(part_of_gradient, expected[1])
 
 
-def test_a_dispatch_mode_sees_the_ops():
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    """Notes what is called."""
 
-    seen = []
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
 
-    with Watch():
+
+class WatchFunctions(TorchFunctionMode):
+    """The same one level higher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Watch, WatchFunctions])
+def test_a_mode_sees_the_ops(mode):
+    with mode() as watch:
         loss_and_gradient(torch.randn(5, 4, requires_grad=True), torch.randint(4, (5,)))
-    assert ops.softmax_infogain_reduced in seen
+    assert ops.softmax_infogain_reduced in watch.seen
 
 
 def _losses_of_one_tensor():
@@ -539,31 +557,16 @@ def test_transforms_inside_a_compiled_function(name):
 
 def test_watchers_see_a_decoupled_step():
     """A call that concerns nobody else goes to the kernel past the dispatcher; these do not."""
-    from torch.overrides import TorchFunctionMode
     from torch.profiler import ProfilerActivity, profile
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
-
-    class WatchFunctions(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
 
     def step():
         x, z, weight = torch.randn(5, 4), torch.randn(1, 5, 4), torch.randn(2, 4, 4)
         lgd.decoupled_step_(x, z, weight, None, torch.randn(5, 4), step_size=0.1, head="squared")
 
-    for watch in (Watch, WatchFunctions):
-        seen.clear()
-        with watch():
+    for mode in (Watch, WatchFunctions):
+        with mode() as watch:
             step()
-        assert ops.decoupled_step_ in seen
+        assert ops.decoupled_step_ in watch.seen
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     assert "lgd_kernels::decoupled_step_" in {event.key for event in profiled.key_averages()}
