@@ -555,6 +555,40 @@ def test_transforms_inside_a_compiled_function(name):
     torch.testing.assert_close(torch.compile(derivative, backend="aot_eager")(x), expected.sum())
 
 
+def _is_right_or_raises(function, x, fullgraph):
+    expected = function(x)
+    assert expected.abs().sum() > 0
+    torch._dynamo.reset()
+    try:
+        got = torch.compile(function, backend="eager", fullgraph=fullgraph)(x)
+    except Exception:  # torch has many ways to say that it cannot
+        return
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", _losses_of_one_tensor())
+def test_transforms_that_cannot_be_compiled_are_never_silently_wrong(name, fullgraph):
+    """Of these derivatives torch 2.13 makes 0, without a word, of any torch.autograd.Function."""
+    loss, x = _losses_of_one_tensor()[name]
+    _is_right_or_raises(grad(lambda x: grad(loss)(x).square().sum()), x, fullgraph)
+    _is_right_or_raises(grad(lambda x: vmap(loss)(torch.stack([x, x])).sum()), x, fullgraph)
+
+    def tangent(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, x))).tangent
+
+    compiled = loss
+    expected = tangent(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="eager", fullgraph=fullgraph)
+    try:
+        got = tangent(x)
+    except Exception:
+        return
+    torch.testing.assert_close(got, expected)
+
+
 def test_watchers_see_a_decoupled_step():
     """A call that concerns nobody else goes to the kernel past the dispatcher; these do not."""
     from torch.profiler import ProfilerActivity, profile

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
-#include <numeric>
 
 #include "../cpu/softmax_infogain.h"
 #include "huge_pages.h"
@@ -145,25 +144,6 @@ int64_t count(const at::Tensor& labels, int64_t ignore_index) {
   return at::parallel_reduce(0, flat.numel(), kCountGrain, int64_t(0), count_range, std::plus<>());
 }
 
-// The sum of the losses, each times its weight, if there are weights: in double and in a fixed order.
-template <typename Acc>
-double weighted_sum(const at::Tensor& loss, const OptionalTensor& weight) {
-  const PerRow<const Acc> losses = per_row<const Acc>(loss), weights = weight ? per_row<const Acc>(*weight) : losses;
-  const int64_t inner = loss.size(1), n_rows = loss.numel();
-  constexpr int64_t kLanes = 8; // sums beside each other, which the compiler makes vectors of
-  double sums[kLanes] = {};
-  if (!weight) { // contiguous, because `forward` made it
-    for (int64_t i = 0; i < n_rows / kLanes * kLanes; ++i) {
-      sums[i % kLanes] += static_cast<double>(losses.data[i]);
-    }
-  }
-  for (int64_t i = weight ? 0 : n_rows / kLanes * kLanes; i < n_rows; ++i) {
-    const double of_row = losses.at(i / inner, i % inner);
-    sums[i % kLanes] += weight ? of_row * static_cast<double>(weights.at(i / inner, i % inner)) : of_row;
-  }
-  return std::accumulate(sums, sums + kLanes, 0.0);
-}
-
 template <typename Acc>
 struct Kernels {
   static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
@@ -200,7 +180,9 @@ struct Kernels {
       row_scale = sample_weight ? sample_weight->mul(scale) : scale.expand(rows.labels.sizes());
     }
     const auto [loss, lse, grad, norm] = forward(rows, row_scale, false, false);
-    return {at::scalar_tensor(weighted_sum<Acc>(loss, sample_weight) / denominator, options), scale, grad};
+    // as in Python, where there are more outputs: bit for bit
+    const at::Tensor sum = (sample_weight ? loss.mul(*sample_weight) : loss).sum();
+    return {at::scalar_tensor(sum.item<Acc>() / denominator, options), scale, grad};
   }
 
   static void backward(

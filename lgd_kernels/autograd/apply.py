@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
+
+
+@torch._dynamo.assume_constant_result
+def _is_nested_gradient() -> bool:
+    """Whether torch.func.grad or the like and another transform stand around the code that is traced."""
+    layers = torch._C._functorch.get_interpreter_stack() or []
+    return len(layers) > 1 and any(layer.key() == TransformType.Grad for layer in layers)
+
+
+def _check_traceable(args: tuple) -> None:
+    """Raise, or send the call to eager code, where torch.compile would lose derivatives without a word (torch 2.13)."""
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        torch._dynamo.graph_break()  # torch.func.jvp inside; an error with fullgraph=True
+    if forward_ad._current_level >= 0 or _is_nested_gradient():
+        raise NotImplementedError(
+            "derivatives of derivatives or of torch.func.vmap by torch.func inside a compiled function, and dual "
+            "tensors for one, would become 0 (torch 2.13); leave the transforms outside of torch.compile"
+        )
 
 
 def apply(function: type[Function], with_forward_mode: type[Function], args: tuple):
@@ -14,8 +33,7 @@ def apply(function: type[Function], with_forward_mode: type[Function], args: tup
     with_forward_mode: the subclass that adds the jvp.
     """
     if torch.compiler.is_compiling():
-        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
-            torch._dynamo.graph_break()  # to eager code, or an error with fullgraph=True: tangents would get lost
+        _check_traceable(args)
         # views: of an argument of a function in torch.func.grad, dynamo holds that it needs no gradient (torch 2.13)
         args = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in args)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
