@@ -8,11 +8,14 @@ from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
 
-@torch._dynamo.assume_constant_result
 def _is_nested_gradient() -> bool:
     """Whether torch.func.grad or the like and another transform stand around the code that is traced."""
     layers = torch._C._functorch.get_interpreter_stack() or []
     return len(layers) > 1 and any(layer.key() == TransformType.Grad for layer in layers)
+
+
+# torch.compiler.assume_constant_result, without the second that the import of torch's compiler takes
+_is_nested_gradient._dynamo_marked_constant = True
 
 
 def _check_traceable(args: tuple) -> None:
