@@ -80,7 +80,7 @@ def test_what_has_no_kernel_is_plain_pytorch(cuda_kernels):
 
 def test_what_is_not_built_cannot_be_forced(monkeypatch):
     monkeypatch.setattr(backends, "_cuda_ops", frozenset)
-    with pytest.raises(RuntimeError, match="^name: backend 'cuda' is not built; install nvcc"):
+    with pytest.raises(RuntimeError, match=r"^name: backend 'cuda' is not built; install nvcc"):
         backends.force("cuda").__enter__()
 
 
