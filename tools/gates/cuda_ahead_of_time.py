@@ -119,9 +119,8 @@ def _compile(nvcc: Path, source: str, architecture: str) -> dict[str, dict[str, 
     if narrow:
         raise GateError(f"{architecture}: fewer 128-bit accesses than planned\n" + "\n".join(narrow))
     most = max(use["registers"] for use in found.values())
-    print(
-        f"{source} for {architecture}: {len(found)} kernels, no spills, at most {most} registers, 128-bit accesses as planned"
-    )
+    where = f"{source} for {architecture}"
+    print(f"{where}: {len(found)} kernels, no spills, at most {most} registers, 128-bit accesses as planned")
     return found
 
 
