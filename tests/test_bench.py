@@ -24,6 +24,8 @@ from bench.table import BEGIN, END, section, three_digits, update_readme, with_t
 from bench.timing import CALLS_PER_BURST, LEAST_ROUNDS, summarize, time_interleaved
 from bench.workloads import WORKLOADS, DecoupledStepWorkload, SoftmaxInfogainWorkload
 
+pytestmark = pytest.mark.cpu
+
 SECONDS = 0.0  # the least number of rounds
 PEERS = ("copy", "eager", "ours")
 TINY_NET = DecoupledStepWorkload(3, 8, 6, peers=("copy", "eager", "batched", "bmm", "ours"))

@@ -205,7 +205,7 @@ def test_complaint_10_the_mean_divides_by_what_pytorch_divides_by(weighted, labe
     torch.testing.assert_close(loss, 2 * nn.functional.cross_entropy(logits, labels))
 
 
-def test_complaint_11_labels_out_of_range_raise_and_write_nowhere():
+def test_complaint_11_labels_out_of_range_raise_and_write_nowhere(raising_labels):
     logits = torch.randn(4, 5, requires_grad=True)
     for label in (5, 255, -1, 2**40):
         with pytest.raises(IndexError, match=f"labels: value {label} at position 2 is out of range for 5 classes"):
