@@ -2,7 +2,9 @@
 
 The vector code in csrc/cpu is compiled once per instruction set (DEFAULT, AVX2, AVX512) with its own flags, which
 torch's BuildExtension cannot do; the copies live in different namespaces and one is chosen at run time. The rest is an
-ordinary extension. Without a C++ compiler the package installs all the same and runs on its plain PyTorch reference.
+ordinary extension. Where torch is built for CUDA and nvcc is there, it has the kernels in csrc/cuda too: for the GPUs of
+this machine, or for those in TORCH_CUDA_ARCH_LIST. Without a C++ compiler the package installs all the same and runs on
+its plain PyTorch reference.
 """
 
 import os
@@ -16,7 +18,8 @@ from pathlib import Path
 from setuptools import setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 except ModuleNotFoundError as error:
     sys.exit(
         f"lgd_kernels needs torch to build ({error}). Install torch first, then `pip install --no-build-isolation .`"
@@ -41,9 +44,16 @@ COMMON_SOURCES = [
     "csrc/torch/softmax_infogain.cpp",
     "csrc/torch/stacks.cpp",
     "csrc/torch/softmax_infogain_autograd.cpp",
+    "csrc/torch/softmax_infogain_bindings.cpp",
     "csrc/cpu/gemm.cpp",
     "csrc/cpu/parallel.cpp",
 ]
+CUDA_SOURCES = [
+    "csrc/torch/cuda_device.cpp",
+    "csrc/cuda/softmax_infogain.cu",
+]
+# what tools/gates/cuda_ahead_of_time.py checks; split: the many kernels of a file on all cores
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--split-compile=0"]
 CAPABILITIES = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -68,6 +78,14 @@ def why_not_built() -> str | None:
     if compiler() is None:
         return "no C++ compiler was found; install g++ and install lgd_kernels again to get the fast kernels"
     return None
+
+
+def cuda_version() -> int | None:
+    """The version of CUDA to build for, 13000 for 13.0; None without nvcc, or with a torch without CUDA."""
+    if torch.version.cuda is None or CUDA_HOME is None:
+        return None
+    major, minor = torch.version.cuda.split(".")[:2]
+    return 1000 * int(major) + 10 * int(minor)
 
 
 class BuildWithVectorCode(BuildExtension):
@@ -114,12 +132,14 @@ def extensions() -> list:
     if reason := why_not_built():
         print(f"lgd_kernels: installing without compiled kernels, on the PyTorch reference: {reason}", file=sys.stderr)
         return []
-    extension = CppExtension(
-        "lgd_kernels._C",
-        COMMON_SOURCES,
-        extra_compile_args=[*CXX_FLAGS, *EXTRA_FLAGS],
-        extra_link_args=["-fopenmp", *EXTRA_FLAGS],
-    )
+    flags = [*CXX_FLAGS, *EXTRA_FLAGS]
+    options = {"extra_link_args": ["-fopenmp", *EXTRA_FLAGS]}
+    if (cuda := cuda_version()) is None:
+        extension = CppExtension("lgd_kernels._C", COMMON_SOURCES, extra_compile_args=flags, **options)
+    else:
+        flags = {"cxx": [*flags, f"-DLGD_WITH_CUDA={cuda}"], "nvcc": NVCC_FLAGS}
+        sources = COMMON_SOURCES + CUDA_SOURCES
+        extension = CUDAExtension("lgd_kernels._C", sources, extra_compile_args=flags, **options)
     return [extension]
 
 

@@ -2,12 +2,29 @@
 
     backend      device   what it is
     cpp          cpu      the compiled extension `_C`: AVX-512, AVX2 or scalar code, chosen at run time
+    cuda         cuda     CUDA C++ in the same extension, where it was built with nvcc: every softmax_infogain op
     triton       cuda     `triton_kernels/`: every softmax_infogain op; on any compute capability from 8.0 on
     reference    any      plain PyTorch (`reference.py`): right, slow, always there
 
-By default the first one in this list that has the op for the device answers. The environment variable LGD_BACKEND,
-read at import, or `backends.force(name)` picks one for all ops; what it has no kernel for, plain PyTorch answers. With
-TRITON_INTERPRET=1 the Triton kernels also run on the CPU, in Triton's interpreter, when they are forced: for tests.
+On the CPU the first one in this list that has the op answers. On a CUDA device the first row of this table that fits
+says which of the two is asked first; the other one answers for what that does not have, and then plain PyTorch. The
+rows come from counting the bytes that each has to move; on a GPU nothing has been measured yet.
+
+    op                                  logits                          first    because
+    softmax_infogain_backward_matrix    any                             triton   `cuda` reads all labels for each 32
+                                                                                 entries of H, Triton sorts them once
+    any                                 float64                         triton   `cuda` reads them twice
+    any                                 classes not side by side        triton   `cuda` reads them twice; Triton from
+                                                                                 1024 classes on (float32) as well
+    any                                 any other                       cuda     rows up to 512 KB stay on chip with
+                                                                                 clusters (compute capability 9.0 and
+                                                                                 more) and in 64 KB without; Triton
+                                                                                 keeps up to 32,768 classes
+    count_labels                        -                               cuda
+
+The environment variable LGD_BACKEND, read at import, or `backends.force(name)` picks one for all ops; what it has no
+kernel for, plain PyTorch answers. With TRITON_INTERPRET=1 the Triton kernels also run on the CPU, in Triton's
+interpreter, when they are forced: for tests.
 
 LGD_CHECK_LABELS=1, read at import, makes every op on a CUDA device wait for its labels and raise IndexError for one
 that is out of range. Without it such a row's loss is NaN and its gradient 0.
@@ -25,12 +42,14 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from lgd_kernels import reference
 
-BACKENDS = ("auto", "cpp", "triton", "reference")
+BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 CHECK_LABELS = os.environ.get("LGD_CHECK_LABELS", "0") != "0"
 _HOW_TO_BUILD = "to get the fast kernels, install g++ and ninja and run `make install` (or `pip install .`) again"
+_HOW_TO_BUILD_CUDA = "install nvcc and a torch with CUDA and run `pip install --no-build-isolation .` again"
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -63,6 +82,8 @@ def _checked_name(name: str, where: str) -> str:
         raise ValueError(f"{where}: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name == "cpp" and extension is None:
         raise RuntimeError(f"{where}: backend 'cpp' is not built ({_missing_because}); {_HOW_TO_BUILD}")
+    if name == "cuda" and not _cuda_ops():
+        raise RuntimeError(f"{where}: backend 'cuda' is not built; {_HOW_TO_BUILD_CUDA}")
     if name == "triton" and _load_triton()[0] is None:
         raise RuntimeError(
             f"{where}: backend 'triton' is not there ({_load_triton()[1]}); install it: pip install triton"
@@ -81,23 +102,54 @@ if extension is None and _forced == "auto":
 
 
 def has_kernel(op: str, device_type: str) -> bool:
-    """Whether a compiled kernel exists for `op` on devices of this type."""
+    """Whether the extension has a kernel for `op` on devices of this type."""
+    if device_type == "cuda":
+        return op in _cuda_ops()
     return device_type == "cpu" and extension is not None and hasattr(extension, op)
 
 
-def implementation(op: str, device_type: str) -> ModuleType:
-    """The module whose function `op` answers for tensors on a device of this type."""
-    if _forced in ("auto", "cpp") and has_kernel(op, device_type):
-        return extension
-    if _forced in ("auto", "triton") and _runs_triton(device_type):
-        kernels, _ = _load_triton()
-        if kernels is not None and op in kernels.OPS:
+def implementation(op: str, device_type: str, logits: Tensor | None = None) -> ModuleType:
+    """The module whose function `op` answers for tensors on a device of this type.
+
+    logits: (O, C, I), those of the call; float32 with the classes side by side if they are not given."""
+    if device_type == "cuda":
+        order = ("cuda", "triton")
+        if logits is not None:
+            order = preferred_on_cuda(op, logits.dtype, logits.shape[1] == 1 or logits.stride(1) == 1)
+    else:
+        order = ("cpp", "triton")
+    for name in order if _forced == "auto" else (_forced,):
+        if kernels := _kernels(name, op, device_type):
             return kernels
     return reference
 
 
-def _name_of(module: ModuleType) -> str:
-    return {extension: "cpp", reference: "reference"}.get(module, "triton")
+def preferred_on_cuda(op: str, dtype: torch.dtype, classes_side_by_side: bool) -> tuple[str, str]:
+    """The backends to ask for an op on a CUDA device, in this order: the table above."""
+    if op == "softmax_infogain_backward_matrix" or dtype == torch.float64 or not classes_side_by_side:
+        return "triton", "cuda"
+    return "cuda", "triton"
+
+
+def _kernels(name: str, op: str, device_type: str) -> ModuleType | None:
+    """Backend `name`, if it has the op for devices of this type."""
+    if name == {"cpu": "cpp", "cuda": "cuda"}.get(device_type):
+        return extension if has_kernel(op, device_type) else None
+    if name == "triton" and _runs_triton(device_type):
+        kernels, _ = _load_triton()
+        return kernels if kernels is not None and op in kernels.OPS else None
+    return None
+
+
+@functools.cache
+def _cuda_ops() -> frozenset[str]:
+    """The ops for which CUDA kernels were built."""
+    return frozenset(() if extension is None else extension.cuda_ops())
+
+
+def _name_of(module: ModuleType, device_type: str) -> str:
+    compiled = "cuda" if device_type == "cuda" else "cpp"
+    return {extension: compiled, reference: "reference"}.get(module, "triton")
 
 
 @contextlib.contextmanager
@@ -125,15 +177,28 @@ def describe() -> str:
         built = ", ".join(extension.built_capabilities())
         lines.append(f"compiled extension  yes: built for {built} with {extension.compiler()}")
         lines.append(f"this CPU runs       {extension.cpu_capability()}, {torch.get_num_threads()} threads")
+    lines.append(f"CUDA kernels        {_about_cuda_kernels()}")
     kernels, missing_because = _load_triton()
     lines.append(f"Triton              {'yes' if kernels is not None else f'no: {missing_because}'}")
-    serving = "plain PyTorch serves it" if kernels is None else "Triton serves it where it has the op"
-    lines.append(f"CUDA                {'available' if torch.cuda.is_available() else 'no device'}; {serving}")
+    lines.append(f"CUDA device         {_about_cuda_device()}")
     lines += ["", f"{'op':36}{'cpu':12}cuda"]
     for op in ops.names():
-        cpu, cuda = (_name_of(implementation(op, device)) for device in ("cpu", "cuda"))
+        cpu, cuda = (_name_of(implementation(op, device), device) for device in ("cpu", "cuda"))
         lines.append(f"{op:36}{cpu:12}{cuda}")
     return "\n".join(lines)
+
+
+def _about_cuda_kernels() -> str:
+    if not _cuda_ops():
+        return f"no: {_HOW_TO_BUILD_CUDA}"
+    return "yes: built with CUDA {}.{}".format(*divmod(extension.cuda_version() // 10, 100))
+
+
+def _about_cuda_device() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
 
 
 def show_backends() -> None:

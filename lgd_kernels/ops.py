@@ -25,8 +25,8 @@ def names() -> list[str]:
     return list(_names)
 
 
-def _answer(name: str, device_type: str, *args):
-    kernels = backends.implementation(name, device_type)
+def _answer(name: str, device_type: str, logits_at: int | None, *args):
+    kernels = backends.implementation(name, device_type, None if logits_at is None else args[logits_at])
     # on the CPU the kernels and the reference check labels themselves, except the ones made for a device
     if backends.CHECK_LABELS if device_type == "cuda" else kernels not in (backends.extension, backends.reference):
         _check_labels(name, args)
@@ -46,8 +46,10 @@ def _check_labels(name: str, args: tuple) -> None:
 def _define(name: str, schema: str, fake: Callable, vmap: Callable | None = None) -> None:
     """Define op `name`, answered by whichever backend serves the device."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    arguments = [argument.name for argument in getattr(torch.ops.lgd_kernels, name).default._schema.arguments]
+    logits_at = arguments.index("logits") if "logits" in arguments else None
     for key, device_type in (("CPU", "cpu"), ("CUDA", "cuda")):
-        _LIBRARY.impl(name, functools.partial(_answer, name, device_type), key)
+        _LIBRARY.impl(name, functools.partial(_answer, name, device_type, logits_at), key)
     torch.library.register_fake(f"lgd_kernels::{name}", fake, lib=_LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"lgd_kernels::{name}", vmap, lib=_LIBRARY)

@@ -63,7 +63,7 @@ def kernels(request, library, nan_prefill, monkeypatch) -> Kernels:
     kernels = Kernels(library, None if name is None else CONFIGURATIONS[name][0])
     kernels.run_in_reverse(name is not None and list(CONFIGURATIONS).index(name) % 2 == 1)
     reference = backends.reference
-    monkeypatch.setattr(backends, "implementation", lambda op, _: kernels if hasattr(kernels, op) else reference)
+    monkeypatch.setattr(backends, "implementation", lambda op, *_: kernels if hasattr(kernels, op) else reference)
     return kernels
 
 

@@ -111,8 +111,8 @@ def test_checking_labels_on_a_device(wanted):
         "import torch; from lgd_kernels import ops\n"
         "rows = torch.randn(2, 3, 1), torch.tensor([[0], [7]]), *[None] * 6, -100, 0.0\n"
         "ops._check_labels = lambda name, args: print('checked', name)\n"
-        "ops.backends.implementation = lambda name, device: ops.backends.reference\n"
-        "try: ops._answer('softmax_infogain', 'cuda', *rows, None, False, False)\n"
+        "ops.backends.implementation = lambda name, *_: ops.backends.reference\n"
+        "try: ops._answer('softmax_infogain', 'cuda', 0, *rows, None, False, False)\n"
         "except IndexError as error: print(error)\n"
     )
     completed = subprocess.run(

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../cpu/dtype.h"
+#include "dtype.h"
 
 namespace lgd {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "../common/dtype.h"
 
 namespace lgd {
 

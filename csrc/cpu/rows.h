@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "dtype.h"
+#include "../common/dtype.h"
 
 namespace lgd {
 inline namespace CPU_CAPABILITY {

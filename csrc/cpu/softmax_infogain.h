@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "../common/views.h"
-#include "dtype.h"
 
 namespace lgd {
 

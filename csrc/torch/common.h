@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "../cpu/dtype.h"
+#include "../common/dtype.h"
 
 namespace lgd {
 

@@ -2,7 +2,7 @@
 
 #include "decoupled_step.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 

@@ -2,7 +2,7 @@
 
 #include "local_residual.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 
 #include "../cpu/local_residual.h"
 #include "huge_pages.h"

@@ -1,7 +1,7 @@
 // The reduced loss of plain eager code together with its node in the graph.
 #pragma once
 
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <vector>
 

@@ -1,6 +1,6 @@
 #include "stacks.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 
 #include "../cpu/gemm.h"
 

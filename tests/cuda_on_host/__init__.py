@@ -1,26 +1,31 @@
 """The CUDA kernels on a CPU: builds them with g++ and answers for the ops of softmax_infogain, on CPU tensors.
 
-`Kernels` has the functions that ops.py expects of a backend. What the glue of a CUDA build does, it does here in
-Python: allocation, conversions, the choice of the configuration.
+`Kernels` has the functions that ops.py expects of a backend, and runs them in any configuration. What the glue of a CUDA
+build does, it does here in Python: allocation, conversions, the choice of the configuration. `build_glue` makes the C++
+glue itself, which takes more time to compile.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 from lgd_kernels.reference import accumulation_dtype
 
 HERE = Path(__file__).resolve().parent
 MODES = ("register_lanes", "register_block", "shared_lanes", "shared_block", "stream", "columns")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as DType in csrc/cpu/dtype.h
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as DType in csrc/common/dtype.h
 FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DLGD_CUDA_ON_HOST")
 
 
@@ -36,6 +41,33 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     completed = subprocess.run(command, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
     return library
+
+
+def build_glue(library: Path, objects: Path) -> Path:
+    """The C++ glue of a CUDA build as a Python module beside the kernels in `library`, which it calls.
+
+    objects: the folder with the object files of the ordinary build; only what CUDA changes is compiled anew."""
+    module = library.with_name("cuda_glue_on_host.so")
+    sources = [HERE / "glue.cpp", HERE.parents[1] / "csrc" / "torch" / "softmax_infogain.cpp"]
+    others = ("common", "huge_pages", "softmax_infogain_autograd", "softmax_infogain_bindings")
+    command = [compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+    command += ["-Wall", "-Wno-unknown-pragmas", "-DLGD_WITH_CUDA=1"]
+    command += [f"-I{path}" for path in [*cpp_extension.include_paths("cpu"), sysconfig.get_path("include")]]
+    command += [*sources, *(objects / "csrc" / "torch" / f"{name}.o" for name in others), library]
+    command += [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
+    command += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", f"-Wl,-rpath,{library.parent}", "-o", module]
+    completed = subprocess.run(command, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    return module
+
+
+def load_glue(module: Path) -> ModuleType:
+    """The functions of softmax_infogain that take CPU tensors for those of a CUDA device; of its own it has
+    set_compute_capability and run_in_reverse."""
+    spec = importlib.util.spec_from_file_location("cuda_glue_on_host", module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 class _Rows3(ctypes.Structure):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,21 +53,29 @@ def tool(name: str, package: str) -> str:
 
 
 def build(name: str, flags: str = "") -> Path:
-    """Build the extension with extra compiler flags; the folder that holds the package with it.
+    """Build the extension; the folder that holds the package with it.
 
-    Nothing outside build/gates/<name> is written, and only what changed since the last time is compiled.
+    flags: for the compiler, extra. Without, the object files of the ordinary build serve. Only what changed since the
+    last time is compiled.
     """
-    library, objects = FOLDER / name / "lib", FOLDER / name / "temp"
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", library, "--build-temp", objects]
+    library = FOLDER / name / "lib"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", library]
+    command += ["--build-temp", objects(name)] if flags else []
     run(command, f"building the extension ({name})", LGD_EXTRA_CXX_FLAGS=flags)
     not_code = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "lgd_kernels", library / "lgd_kernels", ignore=not_code, dirs_exist_ok=True)
     return library
 
 
+def objects(name: str) -> Path:
+    """The folder with the object files of `build(name)`."""
+    ordinary = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    return ordinary if name == "plain" else FOLDER / name / "temp"
+
+
 def vector_objects(name: str, capability: str) -> list[Path]:
     """The object files of the vector code that `build(name)` made for an instruction set."""
-    return sorted((FOLDER / name / "temp" / "vector").glob(f"*.{capability}.o"))
+    return sorted((objects(name) / "vector").glob(f"*.{capability}.o"))
 
 
 def pytest_command(

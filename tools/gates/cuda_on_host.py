@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from tools.gates.common import FOLDER, ROOT, GateError, run, summary, tool
+from tools.gates.common import FOLDER, ROOT, GateError, build, objects, run, summary, tool
 from tools.gates.sanitizers import FLAGS, RUNTIMES, sanitizer_runtime
 
 WORK = FOLDER / "cuda_on_host"
@@ -15,29 +17,33 @@ TESTS = {"test_cuda_on_host.py": 2, "cuda_on_host/full_set.py": 1}
 
 
 def cuda_on_host() -> None:
-    """The CUDA kernels, run on this CPU under sanitizers"""
+    """The CUDA kernels, run on this CPU under sanitizers, and the glue that calls them"""
     tool(os.environ.get("CXX", "g++"), "g++")
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     sys.path.insert(0, str(ROOT / "tests"))
     import cuda_on_host
 
+    build("plain")
     library = cuda_on_host.build(WORK, (*FLAGS.split(), "-O0"))  # with -O1 g++ 12 takes more than two minutes
-    for test, cover in TESTS.items():
-        print(f"{test}: {_check(library, test, cover)}, no report")
+    glue = cuda_on_host.build_glue(library, objects("plain"))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for test, found in zip(TESTS, pool.map(lambda test: _check(library, glue, test), TESTS), strict=True):
+            print(f"{test}: {found}, no report")
 
 
-def _check(library, test: str, cover: int) -> str:
-    """Run tests on the library; how many. Raises GateError for a report of a sanitizer or a failing test."""
+def _check(library: Path, glue: Path, test: str) -> str:
+    """Run tests on the kernels; how many. Raises GateError for a report of a sanitizer or a failing test."""
     reports = WORK / f"report-{test.replace('/', '-')}"
     command = ["-m", "pytest", "-p", "tools.gates.pytest_plugin", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    command += [f"--cover={cover}", "--capture=sys", ROOT / "tests" / test]
+    command += [f"--cover={TESTS[test]}", "--capture=sys", ROOT / "tests" / test]
     failure = None
     try:
         output = run(
             [sys.executable, *command],
             test,
             LGD_CUDA_ON_HOST=library,
+            LGD_CUDA_GLUE_ON_HOST=glue,
             LGD_BACKEND="reference",
             LD_PRELOAD=" ".join(sanitizer_runtime(name) for name in RUNTIMES),
             ASAN_OPTIONS=f"detect_leaks=0:detect_stack_use_after_return=0:log_path={reports}",

@@ -58,7 +58,8 @@ def check_report(report: dict, library: Path) -> None:
     _expect("to get the fast kernels, install g++" in warnings[0], f"the warning gives no advice: {warnings[0]}")
     nonsense, cpp = report["refused"]["nonsense"], report["refused"]["cpp"]
     _expect(
-        nonsense == "ValueError: LGD_BACKEND: unknown backend 'nonsense'; choose one of auto, cpp, reference", nonsense
+        nonsense == "ValueError: LGD_BACKEND: unknown backend 'nonsense'; choose one of auto, cpp, triton, reference",
+        nonsense,
     )
     _expect(cpp.startswith("RuntimeError: LGD_BACKEND: backend 'cpp' is not built"), cpp)
     print(f"one warning: {warnings[0]}")
