@@ -7,8 +7,8 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CUDA_SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -path 'tests/*.h' -o -path 'tests/*.cpp')
+SOURCES := $(shell find csrc -type f)
+TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 
 .PHONY: help install demo test bench lint format gates clean
 
@@ -44,12 +44,12 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 gates: install
 	$(BIN)/python -m tools.gates

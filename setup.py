@@ -2,13 +2,14 @@
 
 The vector code in csrc/cpu is compiled once per instruction set (DEFAULT, AVX2, AVX512) with its own flags, which
 torch's BuildExtension cannot do; the copies live in different namespaces and one is chosen at run time. The rest is an
-ordinary extension. Where torch is built for CUDA and nvcc is there, it has the kernels in csrc/cuda too: for the GPUs of
-this machine, or for those in TORCH_CUDA_ARCH_LIST. Without a C++ compiler the package installs all the same and runs on
-its plain PyTorch reference.
+ordinary extension. Where torch is built for CUDA and nvcc is there, it has the kernels in csrc/cuda too: for the GPUs
+of this machine, or for those in TORCH_CUDA_ARCH_LIST. Without a C++ compiler the package installs all the same and runs
+on its plain PyTorch reference.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -80,12 +81,16 @@ def why_not_built() -> str | None:
     return None
 
 
-def cuda_version() -> int | None:
-    """The version of CUDA to build for, 13000 for 13.0; None without nvcc, or with a torch without CUDA."""
-    if torch.version.cuda is None or CUDA_HOME is None:
-        return None
-    major, minor = torch.version.cuda.split(".")[:2]
-    return 1000 * int(major) + 10 * int(minor)
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built; None if they can."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if CUDA_HOME is None or not (nvcc := Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return f"torch is built for CUDA {torch.version.cuda}, but nvcc was not found (CUDA_HOME={CUDA_HOME})"
+    release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"torch is built for CUDA {torch.version.cuda}, and {nvcc} is another: {release and release[0]}"
+    return None
 
 
 class BuildWithVectorCode(BuildExtension):
@@ -134,10 +139,13 @@ def extensions() -> list:
         return []
     flags = [*CXX_FLAGS, *EXTRA_FLAGS]
     options = {"extra_link_args": ["-fopenmp", *EXTRA_FLAGS]}
-    if (cuda := cuda_version()) is None:
+    if reason := why_no_cuda():
+        print(f"lgd_kernels: installing without CUDA kernels: {reason}", file=sys.stderr)
         extension = CppExtension("lgd_kernels._C", COMMON_SOURCES, extra_compile_args=flags, **options)
     else:
-        flags = {"cxx": [*flags, f"-DLGD_WITH_CUDA={cuda}"], "nvcc": NVCC_FLAGS}
+        major, minor = torch.version.cuda.split(".")[:2]
+        version = 1000 * int(major) + 10 * int(minor)  # as in CUDA's own headers
+        flags = {"cxx": [*flags, f"-DLGD_WITH_CUDA={version}"], "nvcc": NVCC_FLAGS}
         sources = COMMON_SOURCES + CUDA_SOURCES
         extension = CUDAExtension("lgd_kernels._C", sources, extra_compile_args=flags, **options)
     return [extension]

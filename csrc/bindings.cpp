@@ -72,8 +72,12 @@ std::vector<std::string> cuda_ops() {
     return {};
   }
   return {
-      "softmax_infogain",          "softmax_infogain_reduced",         "softmax_infogain_backward",
-      "softmax_infogain_backward_", "softmax_infogain_double_backward", "softmax_infogain_backward_matrix",
+      "softmax_infogain",
+      "softmax_infogain_reduced",
+      "softmax_infogain_backward",
+      "softmax_infogain_backward_",
+      "softmax_infogain_double_backward",
+      "softmax_infogain_backward_matrix",
       "count_labels"};
 }
 

@@ -10,6 +10,7 @@ from cases import KINDS
 from device import DEVICE
 
 import lgd_kernels as lgd
+from lgd_kernels.losses.softmax_infogain import parts_for
 
 Infogain = lgd.Infogain
 ALL_KINDS = [kind for kind in KINDS if kind != "none"]
@@ -295,3 +296,21 @@ def test_a_check_inside_a_compiled_function_still_raises():
     matrix[3, 2] = torch.nan
     with pytest.raises(ValueError, match=r"matrix: every entry must be finite, found nan at \[3, 2\]"):
         compiled(logits, labels, matrix)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_numbers_go_to_the_device_of_the_logits(monkeypatch, requires_grad):
+    """A constant is written there: a copy from the CPU would wait for a GPU, and could not be part of a CUDA graph."""
+    epsilon = torch.tensor(0.25, dtype=torch.float64, requires_grad=requires_grad)
+    H = Infogain.label_smoothing(epsilon, 5)
+    copied = []
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args: copied.append(tensor) or original(tensor, *args))
+    parts = parts_for(H, torch.device("meta"), 5, "the logits have 5")
+    for part in (parts.background, parts.diagonal):
+        assert part.device.type == "meta"
+        assert part.dtype == torch.float64
+        assert part.shape == ()
+    assert len(copied) == (2 if requires_grad else 0)
+    monkeypatch.undo()
+    assert parts_for(H, torch.device("cpu"), 5, "the logits have 5").diagonal is H.parts.diagonal

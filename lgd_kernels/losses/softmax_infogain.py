@@ -13,7 +13,7 @@ from lgd_kernels.arguments import FLOATING, check_bool, check_int, check_number,
 from lgd_kernels.autograd.softmax_infogain import softmax_infogain, softmax_infogain_mean, softmax_infogain_reduced
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
-from lgd_kernels.watchers import is_eager
+from lgd_kernels.watchers import is_eager, is_overridden
 
 REDUCTIONS = ("none", "sum", "mean")
 NORMALIZATIONS = ("full", "valid", "batch_size", "none")
@@ -82,11 +82,20 @@ def parts_for(H: Infogain | None, device: torch.device, num_classes: int, becaus
         raise TypeError(f"H: expected an lgd.Infogain, got {type(H).__name__}{hint}")
     if H.num_classes is not None and H.num_classes != num_classes:
         raise ValueError(f"H: is for {H.num_classes} classes, but {because}")
-    parts = [part if part is None or part.dim() else part.to(device) for part in H.parts]
+    parts = [part if part is None or part.dim() else _number_on(device, part) for part in H.parts]
     for part in parts:
         if part is not None and part.device != device:
             raise ValueError(f"H: is on {part.device}, but logits are on {device}; move it with H.to({str(device)!r})")
     return InfogainParts(*parts)
+
+
+def _number_on(device: torch.device, number: Tensor) -> Tensor:
+    """A 0-dimensional tensor on a device. A constant of the CPU is written there, not copied: a copy would wait for the
+    device, and a CUDA graph cannot have it."""
+    is_constant_here = number.device.type == "cpu" and not number.requires_grad
+    if number.device == device or not is_constant_here or not is_eager() or is_overridden((number,)):
+        return number.to(device)
+    return torch.full((), number.item(), dtype=number.dtype, device=device)
 
 
 def _canonical(

@@ -1,8 +1,8 @@
 """The CUDA kernels on a CPU: builds them with g++ and answers for the ops of softmax_infogain, on CPU tensors.
 
-`Kernels` has the functions that ops.py expects of a backend, and runs them in any configuration. What the glue of a CUDA
-build does, it does here in Python: allocation, conversions, the choice of the configuration. `build_glue` makes the C++
-glue itself, which takes more time to compile.
+`Kernels` has the functions that ops.py expects of a backend, and runs them in any configuration. What the glue of a
+CUDA build does, it does here in Python: allocation, conversions, the choice of the configuration. `build_glue` makes
+the C++ glue itself, which takes more time to compile.
 """
 
 from __future__ import annotations

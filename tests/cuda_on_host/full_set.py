@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 import test_softmax_infogain
-from cuda_on_host import load_glue
 from test_softmax_infogain import *  # noqa: F403
 
+from cuda_on_host import load_glue
 from lgd_kernels import backends
 
 # about the compiled extension, threads of the CPU, or the memory that the CPU's glue allocates

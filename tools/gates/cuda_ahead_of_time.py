@@ -1,4 +1,5 @@
-"""The CUDA kernels compiled for every architecture: what they use, and that the main path moves 128 bits at a time."""
+"""The CUDA kernels compiled for every architecture: what they use, and that the main path moves 128 bits at a time; and
+the one file of glue that needs CUDA's headers, against whatever torch is there."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from tools.gates.common import FOLDER, ROOT, GateError, run, tool
 WORK = FOLDER / "cuda_ahead_of_time"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 SOURCES = ("softmax_infogain.cu",)
+GLUE = "csrc/torch/cuda_device.cpp"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")
 NVCC = (  # nvcc of CUDA 13.0, 350 MB, where none is on PATH
@@ -45,6 +47,7 @@ def cuda_ahead_of_time() -> None:
     """The CUDA kernels for every architecture: no spills, registers within the budget, 128-bit accesses (nvcc)"""
     nvcc = find_nvcc()
     WORK.mkdir(parents=True, exist_ok=True)
+    _check_glue(nvcc)
     jobs = [(nvcc, source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         found = dict(pool.map(lambda job: (job[2], _compile(*job)), jobs))
@@ -75,6 +78,23 @@ def find_cuobjdump() -> str:
 
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return str(bundled) if bundled.exists() else tool("cuobjdump", "nvidia-cuda-toolkit")
+
+
+def _check_glue(nvcc: Path) -> None:
+    """Let g++ read the glue with the headers beside nvcc. Raises GateError for what it would not compile."""
+    from torch.utils.cpp_extension import include_paths
+
+    # a torch without CUDA lacks one generated header, and does without if it is told so
+    command = [
+        os.environ.get("CXX", "g++"),
+        "-std=c++20",
+        "-Wall",
+        "-fsyntax-only",
+        "-DC10_USING_CUSTOM_GENERATED_MACROS",
+    ]
+    command += [f"-I{path}" for path in [*include_paths("cpu"), nvcc.resolve().parents[1] / "include"]]
+    run([*command, ROOT / GLUE], GLUE)
+    print(f"{GLUE}: compiles")
 
 
 def _compile(nvcc: Path, source: str, architecture: str) -> dict[str, dict[str, int]]:

@@ -57,10 +57,7 @@ def check_report(report: dict, library: Path) -> None:
     _expect(len(warnings) == 1 and not report["later warnings"], f"expected exactly one warning, got {warnings}")
     _expect("to get the fast kernels, install g++" in warnings[0], f"the warning gives no advice: {warnings[0]}")
     nonsense, cpp = report["refused"]["nonsense"], report["refused"]["cpp"]
-    _expect(
-        nonsense == "ValueError: LGD_BACKEND: unknown backend 'nonsense'; choose one of auto, cpp, triton, reference",
-        nonsense,
-    )
+    _expect(nonsense.startswith("ValueError: LGD_BACKEND: unknown backend 'nonsense'; choose one of auto, "), nonsense)
     _expect(cpp.startswith("RuntimeError: LGD_BACKEND: backend 'cpp' is not built"), cpp)
     print(f"one warning: {warnings[0]}")
 

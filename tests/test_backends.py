@@ -1,0 +1,111 @@
+"""Which backend answers on a CUDA device: the table in backends.py. There need not be one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lgd_kernels import backends, ops
+
+SERVED = frozenset(name for name in ops.names() if name.startswith("softmax_infogain")) | {"count_labels"}
+needs_extension = pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built")
+pytestmark = needs_extension
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """The extension, as if it had been built with its CUDA kernels."""
+    monkeypatch.setattr(backends, "_cuda_ops", lambda: SERVED)
+    return backends.extension
+
+
+@pytest.fixture
+def triton_kernels():
+    pytest.importorskip("triton")
+    from lgd_kernels.triton_kernels import softmax_infogain
+
+    return softmax_infogain
+
+
+def logits(dtype: torch.dtype = torch.float32, classes: int = 5, *, rows_inside: bool = False) -> torch.Tensor:
+    return torch.empty(2, 3, classes, dtype=dtype).mT if rows_inside else torch.empty(2, classes, 1, dtype=dtype)
+
+
+def answers(op: str, x: torch.Tensor | None = None):
+    return backends.implementation(op, "cuda", x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_answers_where_classes_lie_side_by_side(cuda_kernels, dtype):
+    for op in SERVED - {"softmax_infogain_backward_matrix", "count_labels"}:
+        assert answers(op, logits(dtype)) is cuda_kernels
+        assert answers(op, logits(dtype, rows_inside=True)) is cuda_kernels
+    assert answers("count_labels") is cuda_kernels
+
+
+def test_triton_answers_the_rest(cuda_kernels, triton_kernels):
+    apart = torch.empty(2, 5, 3)
+    for op in SERVED - {"count_labels"}:
+        assert answers(op, logits(torch.float64)) is triton_kernels
+        assert answers(op, apart) is triton_kernels
+        if op != "softmax_infogain_backward_matrix":
+            assert answers(op, apart[:, :1]) is cuda_kernels  # one class has no distance to another
+    assert answers("softmax_infogain_backward_matrix", logits()) is triton_kernels
+
+
+def test_the_other_one_answers_for_what_is_missing(cuda_kernels, triton_kernels, monkeypatch):
+    monkeypatch.setattr(backends, "_load_triton", lambda: (None, "no module named triton"))
+    assert answers("softmax_infogain", logits(torch.float64)) is cuda_kernels
+    monkeypatch.undo()
+    assert answers("softmax_infogain", logits()) is (cuda_kernels if backends._cuda_ops() else triton_kernels)
+
+
+def test_one_can_be_forced(cuda_kernels, triton_kernels):
+    for x in (logits(), logits(torch.float64), torch.empty(2, 5, 3)):
+        with backends.force("cuda"):
+            assert answers("softmax_infogain", x) is cuda_kernels
+        with backends.force("triton"):
+            assert answers("softmax_infogain", x) is triton_kernels
+        for name in ("cpp", "reference"):
+            with backends.force(name):
+                assert answers("softmax_infogain", x) is backends.reference
+    with backends.force("cuda"):
+        assert backends.implementation("softmax_infogain", "cpu") is backends.reference
+
+
+def test_what_has_no_kernel_is_plain_pytorch(cuda_kernels):
+    for name in set(ops.names()) - SERVED:
+        assert answers(name) is backends.reference
+
+
+def test_what_is_not_built_cannot_be_forced(monkeypatch):
+    monkeypatch.setattr(backends, "_cuda_ops", frozenset)
+    with pytest.raises(RuntimeError, match=r"^name: backend 'cuda' is not built; install nvcc"):
+        backends.force("cuda").__enter__()
+
+
+def test_show_backends_with_cuda_kernels(cuda_kernels, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_kernels, "cuda_version", lambda: 13010)
+    backends.show_backends()
+    output = capsys.readouterr().out
+    assert "CUDA kernels        yes: built with CUDA 13.1\n" in output
+    lines = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
+    assert lines["softmax_infogain"] == ["cpp", "cuda"]
+    assert lines["decoupled_step_"] == ["cpp", "reference"]
+
+
+def test_every_op_passes_its_logits_on(monkeypatch):
+    """Also the one that has others before them."""
+    seen = []
+
+    def implementation(op, device_type, logits):
+        seen.append(logits)
+        return backends.reference
+
+    monkeypatch.setattr(backends, "implementation", implementation)
+    x, labels, per_row = torch.randn(2, 5, 3), torch.randint(5, (2, 3)), torch.rand(2, 3)
+    rows = (x, labels, *[None] * 6, -100, 0.0)
+    ops.softmax_infogain(*rows, per_row, False, False)
+    ops.softmax_infogain_backward_(torch.zeros(2, 5, 3), per_row, *rows, per_row, None)
+    assert len(seen) == 2
+    assert all(tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape for tensor in seen)
