@@ -196,19 +196,17 @@ def test_failures_are_named():
     assert tests.failures([Ended(0, GREEN), Ended(1, FULL)]) == ["FAILED tests/test_a.py::test_b[x] - assert"]
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_the_shares_are_all_of_the_tests(quick):
-    """On the CPU: as many tests in three shares as in one."""
-    of_one_file = ["tests/test_softmax_infogain.py", "--collect-only", "-k", "bits_of_a_row or equal_logits"]
-    collected = []
-    for shares in (1, 3):
-        lists = tests.commands(shares, quick)
-        together = {name: [*command, "--device=cpu", *of_one_file] for name, command in lists.items()}
-        outputs = [ended.output for ended in commands.run_together(together, 120).values()]
-        found = [line for output in outputs for line in output.splitlines() if "::" in line]
-        assert len(set(found)) == len(found) > 0
-        collected.append(set(found))
-    assert collected[0] == collected[1]
+def test_the_shares_are_all_of_the_tests_each_once():
+    of_one_file = ["tests/test_losses.py", "--collect-only", "--device=cpu"]
+    collecting = {name: [*command, *of_one_file] for name, command in tests.commands(2, quick=False).items()}
+    collecting["all"] = [sys.executable, "-m", "pytest", *of_one_file]
+    found = {
+        name: [line for line in ended.output.splitlines() if "::" in line]
+        for name, ended in commands.run_together(collecting, 120).items()
+    }
+    everything = found.pop("all")
+    assert len(everything) > 100
+    assert sorted(line for lines in found.values() for line in lines) == sorted(everything)
 
 
 def test_compute_sanitizer_is_found_where_cuda_is(tmp_path, monkeypatch):
