@@ -616,8 +616,8 @@ def test_the_module(case):
 
 
 def test_an_unknown_backend():
-    message = "name: unknown backend 'cuda'; choose one of auto, cpp, triton, reference"
-    with pytest.raises(ValueError, match=message), backends.force("cuda"):
+    message = "name: unknown backend 'fast'; choose one of auto, cpp, cuda, triton, reference"
+    with pytest.raises(ValueError, match=message), backends.force("fast"):
         pass
 
 
@@ -629,7 +629,7 @@ def test_an_unknown_backend_in_the_environment():
         text=True,
     )
     assert result.returncode != 0
-    assert "LGD_BACKEND: unknown backend 'fast'; choose one of auto, cpp, triton, reference" in result.stderr
+    assert "LGD_BACKEND: unknown backend 'fast'; choose one of auto, cpp, cuda, triton, reference" in result.stderr
 
 
 def test_force_puts_the_backend_back_after_an_error():

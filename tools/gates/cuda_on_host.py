@@ -26,10 +26,29 @@ def cuda_on_host() -> None:
 
     build("plain")
     library = cuda_on_host.build(WORK, (*FLAGS.split(), "-O0"))  # with -O1 g++ 12 takes more than two minutes
+    _check_the_sanitizer(library)
     glue = cuda_on_host.build_glue(library, objects("plain"))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for test, found in zip(TESTS, pool.map(lambda test: _check(library, glue, test), TESTS), strict=True):
             print(f"{test}: {found}, no report")
+
+
+def _check_the_sanitizer(library: Path) -> None:
+    """Raise GateError unless a kernel that reads and writes shared memory beyond its end (misuse.cuh) is reported."""
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}).run_misused(2, (ctypes.c_float * 64)())"
+    try:
+        run([sys.executable, "-c", code], "a kernel that is wrong on purpose", **_environment("detect_leaks=0"))
+    except GateError as error:
+        if "heap-buffer-overflow" in error.output:
+            print("an access beyond shared memory: reported")
+            return
+        raise
+    raise GateError("AddressSanitizer did not report an access beyond shared memory")
+
+
+def _environment(asan_options: str) -> dict[str, str]:
+    """What makes a process of Python load the sanitizers before anything else."""
+    return {"LD_PRELOAD": " ".join(sanitizer_runtime(name) for name in RUNTIMES), "ASAN_OPTIONS": asan_options}
 
 
 def _check(library: Path, glue: Path, test: str) -> str:
@@ -45,8 +64,7 @@ def _check(library: Path, glue: Path, test: str) -> str:
             LGD_CUDA_ON_HOST=library,
             LGD_CUDA_GLUE_ON_HOST=glue,
             LGD_BACKEND="reference",
-            LD_PRELOAD=" ".join(sanitizer_runtime(name) for name in RUNTIMES),
-            ASAN_OPTIONS=f"detect_leaks=0:detect_stack_use_after_return=0:log_path={reports}",
+            **_environment(f"detect_leaks=0:detect_stack_use_after_return=0:log_path={reports}"),
             UBSAN_OPTIONS=f"print_stacktrace=1:log_path={reports}",
         )
     except GateError as error:
