@@ -52,13 +52,15 @@ class Problem:
     device: str = "cpu"
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable, device: str = "cpu") -> Callable:
     """torch.compile, tuned, and without its reports on that. Without CUDA graphs: a CPU has none, and on a GPU they
-    would copy the logits in every call."""
+    would copy the logits in every call. On a GPU without coordinate descent, which takes minutes for each kernel."""
     from torch._inductor import config, select_algorithm
 
     config.max_autotune_report_choices_stats = select_algorithm.PRINT_AUTOTUNE = False
-    return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    if device == "cpu":
+        return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return torch.compile(function, options={"max_autotune": True}, dynamic=False)
 
 
 def prepare(workload: Workload) -> Problem:

@@ -175,7 +175,9 @@ def _call(peer: str, workload: SoftmaxInfogainWorkload, data: Data) -> Callable[
     if peer == "eager":
         return functools.partial(loss_and_gradient, EAGER[kind], *in_pytorch)
     if peer == "compiled":  # untuned: the same times
-        return functools.partial(loss_and_gradient, compiled(COMPILED[workload.device][kind]), *in_pytorch)
+        return functools.partial(
+            loss_and_gradient, compiled(COMPILED[workload.device][kind], workload.device), *in_pytorch
+        )
     if peer == "liger":
         return _liger(kind, data)
     if peer in ("cuda", "triton"):
