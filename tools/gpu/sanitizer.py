@@ -30,6 +30,7 @@ def find() -> str | None:
 def command(program: str, tool: str, backend: str) -> list[str]:
     """The tests of one backend under one tool."""
     options = ["--tool", tool, "--error-exitcode", str(REPORTED), "--log-file", str(report(tool, backend))]
+    options += ["--report-api-errors", "no"]  # torch asks the driver for functions that it may not have
     if backend == "cuda" and tool != "initcheck":  # which has to see who else writes the memory
         options += ["--kernel-name", f"kns={OUR_NAMESPACE}"]
     tests = [sys.executable, "-m", "pytest", "-p", "tools.gates.pytest_plugin", "-p", "no:cacheprovider", "--tb=short"]
