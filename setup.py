@@ -51,6 +51,7 @@ COMMON_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/torch/cuda_device.cpp",
+    "csrc/cuda/count_labels.cu",
     "csrc/cuda/softmax_infogain.cu",
 ]
 # what tools/gates/cuda_ahead_of_time.py checks; split: the many kernels of a file on all cores

@@ -6,7 +6,9 @@
 
 #include <array>
 #include <cstdint>
+#include <utility>
 
+#include "../cuda/count_labels.h"
 #include "../cuda/softmax_infogain.h"
 #include "cuda_device.h"
 #include "softmax_infogain_glue.h"
@@ -37,11 +39,8 @@ struct Cuda {
 
   static std::tuple<at::Tensor, at::Tensor, at::Tensor> reduced(
       const RowArguments& rows, const OptionalTensor& sample_weight, std::optional<double> divisor, bool need_grad) {
-    const at::TensorOptions options = options_of_rows<Acc>(rows.logits);
-    const at::Tensor denominator =
-        divisor ? at::full({}, *divisor, options)
-                : count_labels(rows.labels, rows.ignore_index, c10::typeMetaToScalarType(options.dtype()));
-    const at::Tensor scale = denominator.reciprocal();
+    const auto [denominator, scale] =
+        divisor ? with_reciprocal(rows.logits, *divisor) : counted(rows.labels, rows.ignore_index);
     OptionalTensor row_scale;
     if (need_grad) {
       row_scale = sample_weight ? sample_weight->mul(scale) : scale.expand(rows.labels.sizes());
@@ -73,7 +72,21 @@ struct Cuda {
   }
 
   static at::Tensor count_labels(const at::Tensor& labels, int64_t ignore_index, at::ScalarType dtype) {
-    return labels.ne(ignore_index).sum().to(dtype);
+    if (dtype == at::kDouble) {
+      return Cuda<double>::counted(labels.reshape({-1, 1}), ignore_index).first;
+    }
+    return Cuda<float>::counted(labels.reshape({-1, 1}), ignore_index).first.to(dtype);
+  }
+
+  // (how many labels (O, I) are not ignored, 1 / that)
+  static std::pair<at::Tensor, at::Tensor> counted(const at::Tensor& labels, int64_t ignore_index) {
+    const at::Tensor numbers = at::empty({2}, labels.options().dtype(c10::CppTypeToScalarType<Acc>::value));
+    const CudaLaunch launch(labels);
+    const int status = gpu::count_labels<Acc>(
+        labels.size(0), labels.size(1), per_row<const int64_t>(labels), ignore_index, numbers.data_ptr<Acc>(),
+        launch.compute_capability(), launch.stream());
+    check_launch(status, "count_labels");
+    return {numbers[0], numbers[1]};
   }
 
   // Whether a gradient is already what it should become is decided on the device, row by row.
@@ -82,6 +95,11 @@ struct Cuda {
  private:
   static gpu::Configuration configuration(const Call<Cuda>& call, const Rows& grad, const CudaLaunch& launch) {
     return gpu::configuration_of(call.input, grad, launch.compute_capability());
+  }
+
+  static std::pair<at::Tensor, at::Tensor> with_reciprocal(const at::Tensor& logits, double divisor) {
+    const at::Tensor number = at::full({}, divisor, options_of_rows<Acc>(logits));
+    return {number, number.reciprocal()};
   }
 
   template <typename Launch>

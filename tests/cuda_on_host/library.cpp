@@ -3,6 +3,7 @@
 
 #include "cuda_on_host.h"
 
+#include "../../csrc/cuda/count_labels.cu"
 #include "../../csrc/cuda/softmax_infogain.cu"
 
 #include "misuse.cuh"

@@ -16,7 +16,7 @@ from tools.gates.common import FOLDER, ROOT, GateError, run, tool
 
 WORK = FOLDER / "cuda_ahead_of_time"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-SOURCES = ("softmax_infogain.cu",)
+SOURCES = ("softmax_infogain.cu", "count_labels.cu")
 GLUE = "csrc/torch/cuda_device.cpp"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")
@@ -49,8 +49,10 @@ def cuda_ahead_of_time() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     _check_glue(nvcc)
     jobs = [(nvcc, source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+    found = {architecture: {} for architecture in ARCHITECTURES}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        found = dict(pool.map(lambda job: (job[2], _compile(*job)), jobs))
+        for (*_, architecture), kernels in zip(jobs, pool.map(lambda job: _compile(*job), jobs), strict=True):
+            found[architecture] |= kernels
     if os.environ.get("LGD_UPDATE_BUDGET"):
         BUDGET.write_text(json.dumps(found, indent=1) + "\n")
     wrong = [problem for architecture in found for problem in _beyond_budget(architecture, found[architecture])]
@@ -117,7 +119,9 @@ def _compile(nvcc: Path, source: str, architecture: str) -> dict[str, dict[str, 
     if narrow:
         raise GateError(f"{architecture}: fewer 128-bit accesses than planned\n" + "\n".join(narrow))
     most = max(use["registers"] for use in found.values())
-    print(f"{architecture}: {len(found)} kernels, no spills, at most {most} registers, 128-bit accesses as planned")
+    print(
+        f"{source} for {architecture}: {len(found)} kernels, no spills, at most {most} registers, 128-bit accesses as planned"
+    )
     return found
 
 
