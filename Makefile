@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: help install demo test bench lint format gates clean
+.PHONY: help install demo test bench lint format gates gpu gpu-quick clean
 
 help:
 	@echo "make demo     train on handwritten digits by backpropagation and by gradient decoupling; table and picture"
@@ -19,6 +19,8 @@ help:
 	@echo "make install  create .venv and build the package into it"
 	@echo "make lint     check the style of Python and C++ (make format: apply it)"
 	@echo "make gates    the long checks: sanitizers, symbols, emulated CPUs, no compiler; Triton and CUDA without a GPU"
+	@echo "make gpu      on a machine with a CUDA device: build, tests, compute-sanitizer, benchmark; 9 minutes at most"
+	@echo "              (make gpu-quick: 3), with the packages that PYTHON=$(PYTHON) has; installs nothing"
 
 install: .venv/installed
 
@@ -53,6 +55,13 @@ format: install
 
 gates: install
 	$(BIN)/python -m tools.gates
+
+# no .venv: such a machine often has no network, and its own torch is the one to test
+gpu:
+	$(PYTHON) -m tools.gpu
+
+gpu-quick:
+	$(PYTHON) -m tools.gpu --quick
 
 clean:
 	rm -rf .venv build lgd_kernels/_C*.so *.egg-info

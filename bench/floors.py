@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from bench.peers import Problem
-from bench.timing import Timing, seconds_of, summarize
+from bench.timing import CLOCKS, Timing, summarize
 
-GEMM_SIZE = 1024
+GEMM_OF = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}  # (size, dtype) by device
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class Rates:
     flops_per_second: float
 
 
-def measure_gemm_rate() -> float:
-    """Flops per second of torch.mm on float32 squares: the median of 20 calls, after 3."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, generator=generator)
+def measure_gemm_rate(device: str = "cpu") -> float:
+    """Flops per second of torch.mm on squares: the median of 20 calls, after 3."""
+    size, dtype = GEMM_OF[device]
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, generator=generator, device=device).to(dtype)
     product = torch.empty_like(a)
-    seconds = [seconds_of(lambda: torch.mm(a, b, out=product)) for _ in range(23)]
-    return 2 * GEMM_SIZE**3 / (1e-3 * summarize(seconds[3:]).median_ms)
+    seconds = [CLOCKS[device](lambda: torch.mm(a, b, out=product)) for _ in range(23)]
+    return 2 * size**3 / (1e-3 * summarize(seconds[3:]).median_ms)
 
 
 def copy_rate(problem: Problem, copy: Timing) -> float:

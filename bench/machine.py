@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import lgd_kernels
-from lgd_kernels import backends, reference
+from lgd_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN_BY_US = ("bench/results", "README.md")  # a run changes these itself: they do not make a commit dirty
@@ -21,7 +23,11 @@ WRITTEN_BY_US = ("bench/results", "README.md")  # a run changes these itself: th
 
 @dataclass(frozen=True)
 class Machine:
-    """Where, when and with what a run was made. device: the name of its results file."""
+    """Where, when and with what a run was made.
+
+    device: the name of its results file. cpu: what computes, a GPU too, as it calls itself. isa: its instruction set;
+    for a GPU the architecture and the versions of what runs on it. threads: of the CPU, 0 where a GPU computes.
+    """
 
     date: str
     commit: str
@@ -76,16 +82,46 @@ def commit() -> str:
     return f"{revision}-dirty" if changed else revision
 
 
-def describe_machine() -> Machine:
-    """This machine, now."""
+def gpu_slug(name: str) -> str:
+    """A file name such as nvidia-h200."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _describe_gpu() -> dict[str, str | int]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    versions = f"CUDA {torch.version.cuda}, driver {driver or 'unknown'}, Triton {_version_of('triton')}"
+    return {
+        "device": gpu_slug(properties.name),
+        "cpu": properties.name,
+        "isa": f"sm_{properties.major}{properties.minor}, {versions}",
+        "threads": 0,
+    }
+
+
+def _describe_cpu() -> dict[str, str | int]:
     cpu, isa = cpu_name(), torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": device_slug(cpu, cores(), isa),
+        "cpu": cpu,
+        "isa": isa,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe_machine(device: str = "cpu") -> Machine:
+    """This machine, now, as it computes on "cpu" or "cuda"."""
     return Machine(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=commit(),
-        device=device_slug(cpu, cores(), isa),
-        cpu=cpu,
-        isa=isa,
-        threads=torch.get_num_threads(),
+        **(_describe_cpu() if device == "cpu" else _describe_gpu()),
         torch=torch.__version__,
         python=platform.python_version(),
         lgd_kernels=lgd_kernels.__version__,
@@ -103,6 +139,11 @@ def cpu_seconds_of_others() -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system - own.children_user - own.children_system
 
 
-def backend_of(operation: str) -> str:
-    """What answers for an operation of lgd_kernels on this CPU: "cpp" or "reference"."""
-    return "reference" if backends.implementation(operation, "cpu") is reference else "cpp"
+def backend_of(operation: str, device: str = "cpu") -> str:
+    """The name of the backend that answers for an operation of lgd_kernels on "cpu" or "cuda"."""
+    answers = backends.implementation(operation, device)
+    for name in ("reference", *(name for name in backends.BACKENDS if name != "auto")):
+        with contextlib.suppress(RuntimeError), backends.force(name):
+            if backends.implementation(operation, device) is answers:
+                return name
+    return "auto"

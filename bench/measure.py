@@ -11,13 +11,14 @@ from bench.floors import Rates, copy_rate, floor_ms
 from bench.machine import Machine, backend_of, cpu_seconds_of_others
 from bench.peers import Problem, prepare
 from bench.results import Row
-from bench.timing import Timing, time_interleaved
+from bench.timing import CLOCKS, Timing, time_interleaved
 from bench.workloads import Workload
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """checks: by peer. timings: by peer, of those that passed. other_cores: kept busy by other processes meanwhile."""
+    """checks: by peer. timings: by peer, of those that passed. other_cores: kept busy by other processes meanwhile;
+    None where nobody knows, or where a GPU computes."""
 
     checks: dict[str, Check]
     timings: dict[str, Timing]
@@ -29,16 +30,17 @@ def measure_problem(problem: Problem, seconds: float, after_each_round: Callable
     checks = check_peers(problem)
     calls = {peer: call for peer, call in problem.calls.items() if checks[peer].passed}
     start, others_before = time.perf_counter(), cpu_seconds_of_others()
-    timings = time_interleaved(calls, problem.before_each_call, seconds, after_each_round)
+    clock = CLOCKS[problem.device]
+    timings = time_interleaved(calls, problem.before_each_call, seconds, after_each_round, clock)
     others_after, elapsed = cpu_seconds_of_others(), time.perf_counter() - start
-    known = others_before is not None and others_after is not None
+    known = problem.device == "cpu" and others_before is not None and others_after is not None
     return Measurement(checks, timings, (others_after - others_before) / elapsed if known else None)
 
 
 def measure_workload(
     workload: Workload, seconds: float, machine: Machine, gemm_rate: float, after_each_round: Callable[[float], None]
 ) -> list[Row]:
-    """The rows of one workload, one per peer."""
+    """The rows of one workload, one for every peer that this machine has."""
     problem = prepare(workload)
     measured = measure_problem(problem, seconds, after_each_round)
     checks, timings = measured.checks, measured.timings
@@ -47,7 +49,7 @@ def measure_workload(
     return [
         Row(
             **asdict(machine),
-            backend=backend_of(workload.operation.op),
+            backend=backend_of(workload.operation.op, workload.device),
             workload=workload.name,
             peer=peer,
             status=checks[peer].status,
@@ -59,7 +61,7 @@ def measure_workload(
             gemm_gflop_per_s=1e-9 * gemm_rate,
             other_cores=measured.other_cores,
         )
-        for peer in workload.peers
+        for peer in problem.calls
     ]
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, eq=False)  # each is itself only, and a key
 class Operation:
     """op: what `lgd_kernels.ops` calls it. titles: of the peers, in the order of tables. floor: what the floor is made
-    of. unit: the peer whose time is 1 in the picture; shown: the peers that it shows, top to bottom."""
+    of. unit: the peer whose time is 1 in the picture; shown: the peers that it shows where a run has them, top to
+    bottom."""
 
     name: str
     op: str
@@ -23,11 +24,19 @@ SOFTMAX_INFOGAIN = Operation(
     "softmax_infogain",
     "softmax_infogain",
     "loss + gradient",
-    {"copy": "copy of the logits", "eager": "PyTorch eager", "compiled": "torch.compile", "ours": "lgd_kernels"},
+    {
+        "copy": "copy of the logits",
+        "eager": "PyTorch eager",
+        "compiled": "torch.compile",
+        "liger": "liger-kernel",
+        "cuda": "lgd_kernels, CUDA C++",
+        "triton": "lgd_kernels, Triton",
+        "ours": "lgd_kernels",
+    },
     "The floor is one read and one write of the logits and one read of H, at the rate at which a copy of the logits "
     "ran in the same run.",
     "copy",
-    ("eager", "compiled", "ours"),
+    ("eager", "compiled", "liger", "cuda", "triton", "ours"),
 )
 DECOUPLED_STEP = Operation(
     "decoupled_step",

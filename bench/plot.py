@@ -19,6 +19,9 @@ COLOURS = {
     "eager": "#B8BCC2",
     "batched": "#888D94",
     "compiled": "#56B4E9",
+    "liger": "#CC79A7",
+    "cuda": "#E69F00",
+    "triton": "#F0E442",
     "bmm": "#B7DCC9",
     "bmm_compiled": "#009E73",
     "ours": "#D55E00",
@@ -37,22 +40,23 @@ def draw(run: list[Row], workloads: Iterable[Workload], path: Path) -> None:
 
     measured = by_workload(run)
     shown = [workload for workload in workloads if workload.name in measured]
-    operation, bars = shown[0].operation, len(shown[0].operation.shown)
-    figure = Figure(figsize=(10, 1.7 + 0.26 * bars * len(shown)), dpi=150, layout="constrained")
+    operation = shown[0].operation
+    bars = [peer for peer in operation.shown if any(peer in measured[workload.name] for workload in shown)]
+    figure = Figure(figsize=(10, 1.7 + 0.26 * len(bars) * len(shown)), dpi=150, layout="constrained")
     ax = figure.add_subplot()
     for position, workload in enumerate(shown):
-        _draw_workload(ax, position, operation, measured[workload.name])
-    _label_axes(ax, shown, operation, run[0])
+        _draw_workload(ax, position, operation.unit, bars, measured[workload.name])
+    _label_axes(ax, shown, operation, bars, run[0])
     figure.savefig(path)
 
 
-def _draw_workload(ax: Axes, position: int, operation: Operation, peers: dict[str, Row]) -> None:
-    unit, height = peers[operation.unit].median_ms, 0.78 / len(operation.shown)
-    for place, peer in enumerate(operation.shown):
+def _draw_workload(ax: Axes, position: int, unit_peer: str, bars: list[str], peers: dict[str, Row]) -> None:
+    unit, height = peers[unit_peer].median_ms, 0.78 / len(bars)
+    for place, peer in enumerate(bars):
         row = peers.get(peer)
         if row is None or row.median_ms is None or unit is None:
             continue
-        y = position + (place - (len(operation.shown) - 1) / 2) * height
+        y = position + (place - (len(bars) - 1) / 2) * height
         low, multiple, high = row.p20_ms / unit, row.median_ms / unit, row.p80_ms / unit
         ax.barh(y, multiple - 1, left=1, height=height * 0.88, color=COLOURS[peer])
         ax.plot([low, high], [y, y], color=_INK, linewidth=0.9)
@@ -70,7 +74,7 @@ def _draw_workload(ax: Axes, position: int, operation: Operation, peers: dict[st
         )
 
 
-def _label_axes(ax: Axes, shown: list[Workload], operation: Operation, row: Row) -> None:
+def _label_axes(ax: Axes, shown: list[Workload], operation: Operation, bars: list[str], row: Row) -> None:
     from matplotlib.patches import Patch
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -93,12 +97,12 @@ def _label_axes(ax: Axes, shown: list[Workload], operation: Operation, row: Row)
         color=_INK,
     )
     heading = operation.heading[0].upper() + operation.heading[1:]
-    title = f"{heading} on {row.cpu}, {row.threads} threads, {row.isa}"
-    columns = 3 if len(operation.shown) <= 3 else 2
-    rows_of_legend = -(-len(operation.shown) // columns)
+    title = f"{heading} on {row.computes}, {row.isa}"
+    columns = 3 if len(bars) <= 3 else 2
+    rows_of_legend = -(-len(bars) // columns)
     ax.set_title(title, loc="left", fontweight="bold", color=_INK, pad=12 + 18 * rows_of_legend)
     ax.legend(
-        handles=[Patch(color=COLOURS[peer], label=operation.titles[peer]) for peer in operation.shown],
+        handles=[Patch(color=COLOURS[peer], label=operation.titles[peer]) for peer in bars],
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
         ncols=columns,
@@ -143,9 +147,7 @@ def _label_depths(ax: Axes, shown: list[DecoupledStepWorkload], row: Row) -> Non
     ax.set_ylim(bottom=0)
     ax.set_xlabel(f"layers of {shown[0].width} units, with {shown[0].depth * shown[0].n_samples:,} / layers samples")
     ax.set_ylabel("milliseconds for one step")
-    ax.set_title(
-        f"As many products, deeper and deeper, on {row.cpu}, {row.threads} threads", loc="left", fontweight="bold"
-    )
+    ax.set_title(f"As many products, deeper and deeper, on {row.computes}", loc="left", fontweight="bold")
     ax.grid(color=_PALE, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, labelcolor=_INK)

@@ -15,9 +15,10 @@ def report(run: list[Row], workloads: Iterable[Workload]) -> str:
     """Every time of a run, and under each workload its goals."""
     first, measured = run[0], by_workload(run)
     lines = [
-        f"{first.cpu}, {first.threads} threads, {first.isa}; torch {first.torch}; lgd_kernels {first.lgd_kernels} "
+        f"{first.computes}, {first.isa}; torch {first.torch}; lgd_kernels {first.lgd_kernels} "
         f"({first.backend}) at {first.commit}; GEMM {first.gemm_gflop_per_s:.0f} GFLOP/s"
     ]
+    workloads = [workload for workload in workloads if workload.name in measured]
     for workload in workloads:
         lines += ["", *_workload_lines(workload, measured[workload.name])]
     return "\n".join([*lines, "", summary(run, workloads)])
@@ -53,6 +54,9 @@ def summary(run: list[Row], workloads: Iterable[Workload]) -> str:
     verdicts = [v for workload in workloads for v in judge(workload.goals, medians(measured[workload.name]))]
     lines = [f"{sum(verdict.met is True for verdict in verdicts)} of {len(verdicts)} goals met"] if verdicts else []
     lines += [f"not timed: {row.peer} on {row.workload}: {row.status}" for row in run if row.median_ms is None]
+    missing = {peer for workload in workloads for peer in workload.peers if peer not in measured[workload.name]}
+    if missing:
+        lines.append(f"not on this machine: {', '.join(sorted(missing))}")
     if busy_cores(run) > BUSY:
         lines.append(f"DO NOT TRUST THESE TIMES: other processes kept up to {busy_cores(run):.1f} cores busy")
     return "\n".join(lines)

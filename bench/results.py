@@ -20,6 +20,7 @@ class Row:
     status: "ok", or why there is no time. error: relative to float64. floor_ms: the time that no implementation can
     beat at the rates of this run; ratio_to_floor: the median over it. backend: what answered for lgd_kernels.
     other_cores: how many cores other processes (and other guests of the host) kept busy meanwhile, None if unknown.
+    The others are those of `Machine`.
     """
 
     date: str
@@ -45,6 +46,11 @@ class Row:
     copy_gb_per_s: float
     gemm_gflop_per_s: float
     other_cores: float | None
+
+    @property
+    def computes(self) -> str:
+        """What computes, for a title."""
+        return f"{self.cpu}, {self.threads} threads" if self.threads else self.cpu
 
 
 COLUMNS = [field.name for field in fields(Row)]

@@ -64,7 +64,7 @@ def section(run: list[Row], workloads: Iterable[Workload]) -> str:
     row, others = run[0], busy_cores(run)
     warning = f" **Measured while other processes kept up to {others:.1f} cores busy.**" if others > BUSY else ""
     head = (
-        f"**{row.cpu}, {row.threads} threads, {row.isa}** (torch {row.torch}, lgd_kernels {row.lgd_kernels} at "
+        f"**{row.computes}, {row.isa}** (torch {row.torch}, lgd_kernels {row.lgd_kernels} at "
         f"`{row.commit}`, {row.date[:10]}). Milliseconds, medians; in brackets how many times as fast lgd_kernels is. "
         f"Percentiles, errors and versions: [bench/results/{row.device}.csv](bench/results/{row.device}.csv).{warning}"
     )

@@ -15,6 +15,7 @@ class SoftmaxInfogainWorkload:
     """Loss and gradient of softmax_infogain, mean over the rows.
 
     infogain: the kind of H. shape: of the logits, (N, C) or (N, C, d1, d2). dtype: of the logits, a name of torch's.
+    device: "cpu" or "cuda".
     """
 
     infogain: str
@@ -22,12 +23,14 @@ class SoftmaxInfogainWorkload:
     dtype: str = "float32"
     goals: tuple[Goal, ...] = ()
     peers: tuple[str, ...] = ("copy", "eager", "compiled", "ours")
+    device: str = "cpu"
     operation: ClassVar[Operation] = SOFTMAX_INFOGAIN
 
     @property
     def name(self) -> str:
         """What the results file and `--only` call it."""
-        return f"{self.operation.name}/{self.infogain}/{'x'.join(map(str, self.shape))}/{self.dtype}"
+        device = "" if self.device == "cpu" else f"/{self.device}"
+        return f"{self.operation.name}/{self.infogain}/{'x'.join(map(str, self.shape))}/{self.dtype}{device}"
 
     @property
     def label(self) -> str:
@@ -55,6 +58,7 @@ class DecoupledStepWorkload:
     goals: tuple[Goal, ...] = ()
     peers: tuple[str, ...] = ("copy", "eager", "batched", "compiled", "bmm", "bmm_compiled", "ours")
     is_sweep: bool = False
+    device: ClassVar[str] = "cpu"
     operation: ClassVar[Operation] = DECOUPLED_STEP
 
     @property
@@ -74,7 +78,8 @@ class DecoupledStepWorkload:
         return dataclasses.replace(self, n_samples=max(1, self.n_samples // 16), goals=())
 
 
-Workload = SoftmaxInfogainWorkload | DecoupledStepWorkload  # each: operation, name, label, peers, goals, reduced()
+# each: operation, device, name, label, peers, goals, reduced()
+Workload = SoftmaxInfogainWorkload | DecoupledStepWorkload
 
 
 def is_sweep(workload: Workload) -> bool:
@@ -99,6 +104,22 @@ def _sweep(depth: int) -> DecoupledStepWorkload:
     return DecoupledStepWorkload(depth, SWEEP_WIDTH, SWEEP_ROWS // depth, goals=goals, peers=peers, is_sweep=True)
 
 
+ELEMENTS = 2**28  # of the large workloads of a GPU: half a gigabyte of bfloat16, many times what its cache holds
+COPY_RATE = AtMost("copy", 1.11)  # nine tenths of the rate of a copy
+
+
+def _on_gpu(infogain: str, shape: tuple[int, int], dtype: str, *goals: Goal) -> SoftmaxInfogainWorkload:
+    """At least as fast as everybody else, besides `goals`."""
+    others = ("eager", "compiled", "liger") if infogain in ("identity", "label_smoothing") else ("eager", "compiled")
+    goals = (*goals, *(AtLeast(peer, 1) for peer in others))
+    peers = ("copy", *others, "cuda", "triton", "ours")
+    return SoftmaxInfogainWorkload(infogain, shape, dtype, goals, peers, device="cuda")
+
+
+def _large(infogain: str, n_classes: int, *goals: Goal) -> SoftmaxInfogainWorkload:
+    return _on_gpu(infogain, (ELEMENTS // n_classes, n_classes), "bfloat16", *goals)
+
+
 WORKLOADS: tuple[Workload, ...] = (
     SoftmaxInfogainWorkload(
         "dense", (8192, 1000), goals=(AtLeast("eager", 7), AtLeast("compiled", 2.5), AtMost("copy", 1.6))
@@ -117,4 +138,13 @@ WORKLOADS: tuple[Workload, ...] = (
     _decoupled(8, 1024, 256, times=2),
     DecoupledStepWorkload(32, 256, 256, dtype="bfloat16"),
     *(_sweep(depth) for depth in (8, 16, 32, 64, 128)),
+    # what matters most first: a run on a borrowed GPU may be stopped
+    *(_large("identity", n_classes, COPY_RATE) for n_classes in (1000, 4096, 32000, 65536, 128256, 262144)),
+    *(_large("dense", n_classes, COPY_RATE) for n_classes in (1000, 4096)),
+    _large("dense", 32000),  # the rows of H alone are half as many bytes again as the two passes over the logits
+    _on_gpu("identity", (65536, 10), "float32"),
+    _on_gpu("identity", (8192, 1000), "float32"),
+    _on_gpu("identity", (1024, 32000), "float32"),
+    _large("label_smoothing", 32000),
+    _large("sparse", 4096),
 )

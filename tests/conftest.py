@@ -1,61 +1,38 @@
-"""Fixtures that every test file shares."""
+"""The device that the tests run on, and what every test starts from. The fixtures are in shared_fixtures.py."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
-from lgd_kernels import backends
-
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("tests")
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # a process of its own, started by test_triton_softmax_infogain.py
-    CPU_BACKENDS = ("triton",)
-elif backends.extension is not None:
-    CPU_BACKENDS = ("cpp", "reference")
-else:
-    CPU_BACKENDS = ("reference",)
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests run: cpu (the default), cuda, cuda:1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = torch.device(config.getoption("device"))
+    if device.type != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products with the same bits in every run
+        torch.set_default_device(device)
+    config.pluginmanager.import_plugin("shared_fixtures")  # not before: which backends they offer depends on the device
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests whose subject is the CPU are marked, and run only there."""
+    if torch.get_default_device().type == "cpu":
+        return
+    about_the_cpu = [item for item in items if item.get_closest_marker("cpu")]
+    config.hook.pytest_deselected(items=about_the_cpu)
+    items[:] = [item for item in items if not item.get_closest_marker("cpu")]
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request) -> Iterator[str]:
-    """Each backend that this machine has, forced for the test."""
-    with backends.force(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def compiled() -> Iterator[None]:
-    """The compiled kernels, for what the plain reference does not promise; skips where they are not built."""
-    if backends.extension is None:
-        pytest.skip("the compiled extension is not built")
-    with backends.force("cpp"):
-        yield
-
-
-@pytest.fixture
-def nan_prefill() -> Iterator[None]:
-    """Uninitialized memory holds NaN, in Python and in C++, so that an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

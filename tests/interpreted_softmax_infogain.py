@@ -115,3 +115,5 @@ def test_arguments_of_wrong_sizes():
     ):
         with pytest.raises((ValueError, TypeError)):
             kernels.softmax_infogain(*arguments)
+    with pytest.raises(ValueError, match="grad_loss: expected shape"):
+        kernels.softmax_infogain_backward_matrix(logits, labels, 19, -100, upstream[:2])

@@ -22,7 +22,7 @@ def array(tensor: Tensor) -> Array:
     tensor = tensor.detach()
     return (
         (tensor.double() if tensor.is_floating_point() else tensor)
-        .numpy()
+        .numpy(force=True)
         .astype(EXTENDED if tensor.is_floating_point() else np.int64)
     )
 
@@ -120,7 +120,7 @@ def plain_softmax_infogain(
     norm = torch.where(kept, w.abs() * grad.norm(dim=1), 0)
     grad = torch.where(kept[:, None], w[:, None] * grad, 0)
     values = (loss, grad, lse, p, norm, log_p, slope, w, kept)
-    return Rows(*(value.numpy() for value in values), *[None] * 4)
+    return Rows(*(value.numpy(force=True) for value in values), *[None] * 4)
 
 
 def denominator(labels: Tensor, axis: int, ignore_index: int, normalization: str | None) -> int:

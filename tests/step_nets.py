@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 
 import torch
-from conftest import CPU_BACKENDS
+from device import serving
 from tolerance import accumulation_dtype
 
 import lgd_kernels as lgd
-from lgd_kernels import backends
 
-SERVED_BY = [name for name in CPU_BACKENDS if name == "reference" or backends.has_kernel("decoupled_step_", "cpu")]
+SERVED_BY = serving("decoupled_step_")
 IN_PLACE = ("z", "multiplier", "velocity", "weight", "bias")
 ALL = ("x", "target", *IN_PLACE)
 

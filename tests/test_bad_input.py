@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from device import DEVICE
 
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops
@@ -80,7 +81,7 @@ LOSS_CASES = {
         TypeError,
         "labels: dtype must be int64 or uint8, got torch.float32",
     ),
-    "labels elsewhere": ({"labels": LABELS.to("meta")}, ValueError, "labels: is on meta, but logits are on cpu"),
+    "labels elsewhere": ({"labels": LABELS.to("meta")}, ValueError, f"labels: is on meta, but logits are on {DEVICE}"),
     "sample_weight not a tensor": (
         {"sample_weight": 2.0},
         TypeError,
@@ -99,7 +100,7 @@ LOSS_CASES = {
     "sample_weight elsewhere": (
         {"sample_weight": torch.ones(4, device="meta")},
         ValueError,
-        "sample_weight: is on meta, but logits are on cpu",
+        f"sample_weight: is on meta, but logits are on {DEVICE}",
     ),
     "H a matrix": (
         {"H": torch.eye(5)},
@@ -135,7 +136,7 @@ LOSS_CASES = {
     "H elsewhere": (
         {"H": Infogain.dense(torch.eye(5)).to("meta")},
         ValueError,
-        "H: is on meta, but logits are on cpu; move it with H.to('cpu')",
+        f"H: is on meta, but logits are on {DEVICE}; move it with H.to('{DEVICE}')",
     ),
     "reduction unknown": (
         {"reduction": "avg"},
@@ -204,7 +205,7 @@ H_OF_EACH_KIND = {
 @pytest.mark.parametrize("kind", H_OF_EACH_KIND)
 @pytest.mark.parametrize("label", [-1, 5, 255, -(2**62), 2**62])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_label_out_of_range(backend, kind, label, reduction):
+def test_a_label_out_of_range(backend, raising_labels, kind, label, reduction):
     logits = LOGITS.clone().requires_grad_()
     labels = torch.tensor([0, -100, label, label + 1])
     with pytest.raises(IndexError, match=f"labels: value {label} at position 2 is out of range for 5 classes"):
@@ -213,7 +214,7 @@ def test_a_label_out_of_range(backend, kind, label, reduction):
     assert labels.tolist() == [0, -100, label, label + 1]
 
 
-def test_the_position_is_that_of_the_first_offending_label(backend):
+def test_the_position_is_that_of_the_first_offending_label(backend, raising_labels):
     """In the flattened labels, whatever their strides and however many threads look for it."""
     labels = torch.zeros(300, 40, dtype=torch.int64).T
     labels[3, 250] = labels[3, 251] = labels[20, 1] = 9
@@ -221,12 +222,12 @@ def test_the_position_is_that_of_the_first_offending_label(backend):
         lgd.softmax_infogain_loss(torch.randn(40, 6, 300), labels)
 
 
-def test_uint8_labels_out_of_range(backend):
+def test_uint8_labels_out_of_range(backend, raising_labels):
     with pytest.raises(IndexError, match="labels: value 255 at position 1 is out of range for 5 classes"):
         lgd.softmax_infogain_loss(LOGITS, torch.tensor([0, 255, 0, 0], dtype=torch.uint8))
 
 
-def test_an_ignore_index_that_no_label_has_lets_no_label_through(backend):
+def test_an_ignore_index_that_no_label_has_lets_no_label_through(backend, raising_labels):
     with pytest.raises(IndexError, match="labels: value -100 at position 0 is out of range for 5 classes"):
         lgd.softmax_infogain_loss(LOGITS, torch.full((4,), -100), ignore_index=-1)
 
@@ -236,7 +237,7 @@ def test_an_ignore_index_that_no_label_has_lets_no_label_through(backend):
     [{"weight": torch.ones(5)}, {"label_smoothing": 0.1}, {"weight": torch.ones(5), "label_smoothing": 0.1}],
     ids=str,
 )
-def test_a_label_out_of_range_in_the_module(backend, options):
+def test_a_label_out_of_range_in_the_module(backend, raising_labels, options):
     for reduction in ("none", "sum", "mean"):
         with pytest.raises(IndexError, match="labels: value 7 at position 3 is out of range for 5 classes"):
             Loss(reduction=reduction, **options)(LOGITS, torch.tensor([0, 1, 2, 7]))
@@ -582,7 +583,7 @@ MODULE_CASES = {
     "probabilities elsewhere": (
         lambda: Loss()(LOGITS, LOGITS.softmax(1).to("meta")),
         ValueError,
-        "labels: is on meta, but logits are on cpu",
+        f"labels: is on meta, but logits are on {DEVICE}",
     ),
     "probabilities and H": (
         lambda: Loss(H5)(LOGITS, LOGITS.softmax(1)),

@@ -5,24 +5,29 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import sys
+import types
 
 import pytest
 import torch
 
-from bench import results
-from bench.__main__ import README, parse_arguments
+from bench import results, timing
+from bench.__main__ import README, parse_arguments, run
 from bench.correctness import check_peers, relative_error
 from bench.floors import Rates, floor_ms
 from bench.goals import AtLeast, AtMost, judge
-from bench.machine import describe_machine, device_slug
+from bench.machine import backend_of, describe_machine, device_slug, gpu_slug
 from bench.measure import measure_problem, measure_workload
 from bench.peers import Problem, decoupled_step, prepare, softmax_infogain
-from bench.plot import draw, draw_depths
+from bench.plot import draw, draw_depths, update_plots
 from bench.report import report
 from bench.results import RESULTS, Row
 from bench.table import BEGIN, END, section, three_digits, update_readme, with_table
 from bench.timing import CALLS_PER_BURST, LEAST_ROUNDS, summarize, time_interleaved
 from bench.workloads import WORKLOADS, DecoupledStepWorkload, SoftmaxInfogainWorkload
+from lgd_kernels import backends
+
+pytestmark = pytest.mark.cpu
 
 SECONDS = 0.0  # the least number of rounds
 PEERS = ("copy", "eager", "ours")
@@ -35,12 +40,12 @@ def nothing(*_) -> None:
 
 
 def tiny(workload):
-    """The same with little data, and without the peers that take long to compile or need more layers."""
+    """The same with little data, on the CPU, and without the peers that take long to compile or need more layers."""
     if isinstance(workload, DecoupledStepWorkload):
         return dataclasses.replace(TINY_NET, dtype=workload.dtype, depth=min(workload.depth, 20))
     n_samples, n_classes, *inner = workload.shape
     shape = (min(n_samples, 4), min(n_classes, 50), *(3 for _ in inner))
-    return dataclasses.replace(workload, shape=shape, peers=PEERS)
+    return dataclasses.replace(workload, shape=shape, peers=PEERS, device="cpu")
 
 
 def row(peer: str, median_ms: float | None, workload: str = TINY.name, date: str = "2025-01-01", **changes) -> Row:
@@ -140,6 +145,54 @@ def test_expected_outputs_are_those_of_autograd_in_float64(kind, shape):
     assert relative_error(data.logits.grad, expected["gradient"]) < 1e-14
 
 
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in for liger-kernel: it writes the gradient over the logits."""
+
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, labels):
+            with torch.enable_grad():
+                x = logits.detach().clone().requires_grad_()
+                loss = torch.nn.functional.cross_entropy(x, labels)
+            logits.data.copy_(torch.autograd.grad(loss, x)[0])
+            ctx.gradient = logits.detach()
+            return loss.detach()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return ctx.gradient, None
+
+    module = types.ModuleType("liger_kernel.transformers.cross_entropy")
+    module.LigerCrossEntropyLoss = lambda label_smoothing: Overwriting.apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.ModuleType("liger_kernel.transformers"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(softmax_infogain, "is_there", lambda peer, workload: True)
+
+
+def test_a_peer_that_overwrites_the_logits_has_its_own_every_time(liger):
+    problem = prepare(dataclasses.replace(TINY, infogain="identity", peers=("liger", "ours")))
+    for _ in range(2):
+        assert all(check.passed for check in check_peers(problem).values())
+    problem.calls["liger"]()
+    not_restored = dataclasses.replace(problem, before_each_call=nothing)
+    assert check_peers(not_restored)["liger"].status.startswith("wrong: loss off by")
+
+
+def test_peers_that_this_machine_lacks_are_left_out():
+    peers = ("copy", "liger", "cuda", "triton", "ours")
+    assert tuple(prepare(dataclasses.replace(TINY, peers=peers)).calls) == ("copy", "ours")
+    rows = [row("copy", 1.25), row("ours", 2.0)]
+    assert "not on this machine: cuda, liger, triton" in report(rows, [dataclasses.replace(TINY, peers=peers)])
+
+
+def test_a_forced_backend_answers_for_its_peer():
+    with backends.force("reference"):
+        seen = softmax_infogain._forced("auto", lambda: {"backend": backends.implementation("softmax_infogain", "cpu")})
+    assert seen["backend"] is backends.implementation("softmax_infogain", "cpu")
+
+
 def with_peer(change) -> Problem:
     """The tiny problem, with `change` applied to what lgd_kernels returns."""
     problem = prepare(TINY)
@@ -194,6 +247,36 @@ def test_peers_take_turns_and_each_call_is_prepared():
     assert all(timing.calls == LEAST_ROUNDS * (CALLS_PER_BURST - 1) for timing in timings.values())
 
 
+def test_the_clock_of_a_gpu_runs_between_two_events_with_a_cold_cache_and_the_host_ahead(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"), raising=False)
+    monkeypatch.setattr(timing, "_filler", lambda: types.SimpleNamespace(sum=lambda: log.append("fill the cache")))
+    assert timing.seconds_on_gpu(lambda: log.append("call")) == 0.25
+    assert log == ["fill the cache", "busy", "event", "call", "event", "wait"]
+
+
+def test_a_problem_is_timed_by_the_clock_of_its_device(monkeypatch):
+    monkeypatch.setitem(timing.CLOCKS, "cuda", lambda call: call() and 0.5)
+    measured = measure_problem(dataclasses.replace(prepare(TINY), device="cuda"), SECONDS, nothing)
+    assert {t.median_ms for t in measured.timings.values()} == {500.0}
+    assert measured.other_cores is None  # the CPU's business
+
+
 def test_summary_of_times():
     timing = summarize([0.001 * i for i in range(11)])
     assert (timing.median_ms, timing.p20_ms, timing.p80_ms, timing.calls) == pytest.approx((5, 2, 8, 11))
@@ -207,6 +290,11 @@ def test_the_floor_is_the_slower_of_bytes_and_flops():
 
 def test_least_bytes_are_two_passes_over_the_logits_and_one_over_H():
     assert prepare(TINY).least_bytes == 2 * 6 * 5 * 4 + 5 * 5 * 4
+
+
+def test_of_a_large_H_only_the_rows_of_the_labels_must_be_read():
+    few = dataclasses.replace(TINY, shape=(2, 5))
+    assert prepare(few).least_bytes == 2 * 2 * 5 * 4 + 2 * 5 * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,6 +377,78 @@ def test_missing_markers_are_said_clearly(text):
         with_table(text, "table", "README.md")
 
 
+GPU = SoftmaxInfogainWorkload(
+    "identity", (2048, 131072), "bfloat16", (AtMost("copy", 1.11), AtLeast("liger", 1)), device="cuda"
+)
+H200 = {"device": "nvidia-h200", "cpu": "NVIDIA H200", "isa": "sm_90, CUDA 13.0, driver 580.1", "threads": 0}
+
+
+def gpu_row(peer: str, median_ms: float, **changes) -> Row:
+    return row(peer, median_ms, GPU.name, **H200, other_cores=None, **changes)
+
+
+def test_a_gpu_has_a_section_and_a_picture_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("bench.table.WORKLOADS", (TINY, GPU))
+    monkeypatch.setattr("bench.plot.WORKLOADS", (TINY, GPU))
+    run = [gpu_row("copy", 0.25), gpu_row("eager", 0.75), gpu_row("cuda", 0.26), gpu_row("ours", 0.26)]
+    results.append(tmp_path / "some-cpu.csv", RUN)
+    results.append(tmp_path / "nvidia-h200.csv", run)
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    update_readme(tmp_path / "README.md", tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "**NVIDIA H200, sm_90, CUDA 13.0, driver 580.1** (torch" in text
+    assert "| loss + gradient | copy of the logits | PyTorch eager | lgd_kernels, CUDA C++ | lgd_kernels |" in text
+    assert "≤ 1.11x copy of the logits: 1.04 ✓; ≥ 1x liger-kernel not measured" in text
+    assert text.count("Some, CPU, 2 threads, AVX2") == 1 and "nvidia-h200-softmax_infogain.png" in text
+    update_plots(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "some-cpu-2-cores-avx2-softmax_infogain.png",
+        "nvidia-h200-softmax_infogain.png",
+    }
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, tmp_path):
+    """`python -m bench --device cuda` with made-up measurements: of the workloads, the second and the last fail."""
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    workloads = [dataclasses.replace(GPU, shape=(2, n_classes)) for n_classes in (1, 2, 3, 4)]
+
+    def measured(workload, seconds, machine, gemm_rate, after_each_round):
+        if workload == workloads[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nA long explanation")
+        if workload == workloads[3]:
+            raise KeyboardInterrupt
+        return [dataclasses.replace(gpu_row(peer, 1.0), workload=workload.name) for peer in ("copy", "ours")]
+
+    for where in ("bench.__main__", "bench.table", "bench.plot"):
+        monkeypatch.setattr(f"{where}.WORKLOADS", (*workloads, TINY))
+    monkeypatch.setattr("bench.__main__.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.__main__.README", tmp_path / "README.md")
+    monkeypatch.setattr("bench.__main__.measure_workload", measured)
+    monkeypatch.setattr("bench.__main__.describe_machine", lambda device: None)
+    monkeypatch.setattr("bench.__main__.measure_gemm_rate", lambda device: 1e14)
+    return tmp_path, workloads
+
+
+def test_what_was_measured_on_a_gpu_stays_when_the_rest_fails_or_is_stopped(fake_gpu, capsys):
+    folder, workloads = fake_gpu
+    assert run("cuda", only="", quick=False) == 1
+    kept = results.read_latest_run(folder / "nvidia-h200.csv")
+    assert {r.workload for r in kept} == {workloads[0].name, workloads[2].name}
+    assert "NVIDIA H200" in (folder / "README.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert f"not measured: {workloads[1].name}: OutOfMemoryError: CUDA out of memory.\n" in printed
+    assert "not measured: stopped after 2 of 4 workloads" in printed
+
+
+@pytest.mark.parametrize(("only", "quick"), [("2x", False), ("", True)], ids=["only", "quick"])
+def test_a_part_of_a_run_writes_nothing(fake_gpu, only, quick):
+    folder, _ = fake_gpu
+    run("cuda", only, quick)
+    assert not list(folder.glob("*.csv"))
+
+
 def test_missing_readme_and_missing_results_are_said_clearly(tmp_path):
     with pytest.raises(ValueError, match=r"README\.md: not found"):
         update_readme(tmp_path / "README.md", tmp_path)
@@ -353,10 +513,41 @@ def test_device_slug(cpu, n_cores, isa, slug):
     assert device_slug(cpu, n_cores, isa) == slug
 
 
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H200", "nvidia-h200"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
+    ],
+)
+def test_gpu_slug(name, slug):
+    assert gpu_slug(name) == slug
+
+
+def test_a_gpu_is_described(monkeypatch):
+    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr("bench.machine._output_of", lambda *command: "580.159.04\n580.159.04")
+    machine = describe_machine("cuda")
+    assert (machine.device, machine.cpu, machine.threads) == ("nvidia-h200", "NVIDIA H200", 0)
+    assert re.fullmatch(r"sm_90, CUDA \S+, driver 580\.159\.04, Triton \S+", machine.isa)
+
+
+def test_the_backend_that_answers_is_named():
+    assert backend_of("softmax_infogain") == ("reference" if backends.extension is None else "cpp")
+    with backends.force("reference"):
+        assert backend_of("softmax_infogain", "cuda") == "reference"
+    with backends.force("triton"):
+        assert backend_of("softmax_infogain", "cuda") == "triton"
+
+
 def test_the_command_line_says_what_it_cannot_do(capsys):
     for arguments, message in (
         (["--only", "no-such"], "no workload has this in its name"),
         (["plot", "--quick"], "run"),
+        (["--only", "decoupled", "--device", "cuda"], "softmax_infogain/identity/268435x1000/bfloat16/cuda"),
     ):
         with pytest.raises(SystemExit):
             parse_arguments(arguments)

@@ -16,6 +16,8 @@ import torch
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops
 
+pytestmark = pytest.mark.cpu
+
 HERE = Path(__file__).resolve().parent
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built")

@@ -21,6 +21,8 @@ from tolerance import assert_accurate
 
 from lgd_kernels import backends, ops
 
+pytestmark = pytest.mark.cpu
+
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 by_some_kinds = pytest.mark.parametrize("kind", SOME_KINDS)
 

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from cases import DTYPES, dtype_name
-from conftest import CPU_BACKENDS
+from device import DEVICE, serving
 from layer_oracle import (
     ACTIVATIONS,
     HIDDEN_LOSSES,
@@ -24,7 +24,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops, reference
 
-SERVED_BY = [name for name in CPU_BACKENDS if name == "reference" or backends.has_kernel("decoupled_linear", "cpu")]
+SERVED_BY = serving("decoupled_linear")
 NAMES = ("z", "weight", "bias", "target", "multiplier")
 NAN = float("nan")
 by_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -90,7 +90,7 @@ def check(tensors, **options):
     names = [name for name, x in zip(NAMES, tensors, strict=True) if x is not None]
     for name, grad, of_plain in zip(names, grads, plain, strict=True):
         assert grad.dtype == dtype
-        expected = upstream.numpy().reshape(-1, *[1] * (exact[name].ndim - 1)) * exact[name]
+        expected = upstream.numpy(force=True).reshape(-1, *[1] * (exact[name].ndim - 1)) * exact[name]
         assert_layers(grad, expected, of_plain, dtype, f"gradient of {name}")
 
 
@@ -181,8 +181,8 @@ def test_backward_op(backend, dtype, preactivation):
             e[t].double(),
         )
         for name, got, times, wanted in zip(NAMES, outputs, scaled, expected, strict=True):
-            assert_near(got[t], wanted.numpy(), dtype, name)
-            assert_near(times[t], upstream[t].item() * wanted.numpy(), dtype, name)
+            assert_near(got[t], wanted.numpy(force=True), dtype, name)
+            assert_near(times[t], upstream[t].item() * wanted.numpy(force=True), dtype, name)
     for i in range(5):
         needs = [j == i for j in range(5)]
         for j, got in enumerate(call(None, codes, preactivation, skip, scale, *needs)):
@@ -774,7 +774,7 @@ def test_autocast(preactivation):
     """The operands of the products are bfloat16, and all else is float32."""
     tensors = make(2, 3, 4, 4, torch.float32)
     named = {"skip": 1.0, "activation": "tanh", "preactivation": preactivation}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         energies = loss(*tensors, **named)
     grads = torch.autograd.grad(energies.sum(), tensors)
     assert energies.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
@@ -795,7 +795,7 @@ def test_autocast(preactivation):
 def test_autocast_of_lists():
     """As of the stack."""
     tensors = make(3, 5, 6, 6, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         of_stack, of_list = loss(*tensors), loss(*(list(x) for x in tensors))
     assert torch.equal(of_stack, of_list) and not torch.equal(of_list, loss(*tensors))
     grads = torch.autograd.grad(of_list.sum(), tensors)
@@ -804,7 +804,7 @@ def test_autocast_of_lists():
 
 def test_autocast_leaves_float64_alone():
     tensors = make(2, 3, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         energies = loss(*tensors)
     assert torch.equal(energies, loss(*tensors)) and energies.dtype == torch.float64
 
@@ -833,7 +833,7 @@ FITS = r"for z of shape \(2, 3, 4\) and weight of shape \(2, 5, 4\)"
         ({"bias": 0.0}, TypeError, r"bias: expected a torch.Tensor, got float"),
         ({"target": Z}, ValueError, rf"target: expected shape \(2, 3, 5\) {FITS}, got \(2, 3, 4\)"),
         ({"target": TARGET.double()}, TypeError, r"target: has dtype torch.float64, but z has dtype torch.float32"),
-        ({"target": TARGET.to("meta")}, ValueError, r"target: is on meta, but z is on cpu"),
+        ({"target": TARGET.to("meta")}, ValueError, rf"target: is on meta, but z is on {DEVICE}"),
         ({"multiplier": Z}, ValueError, rf"multiplier: expected shape \(2, 3, 5\) {FITS}, got \(2, 3, 4\)"),
         ({"multiplier": 0.0}, TypeError, r"multiplier: expected a torch.Tensor, got float"),
         ({"skip": 1.0}, ValueError, r"skip: is 1.0 for layer 0, which needs d_in == d_out, got 4 and 5"),

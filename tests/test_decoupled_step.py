@@ -44,6 +44,7 @@ from tolerance import accumulation_dtype, assert_accurate
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops, reference
 
+pytestmark = pytest.mark.cpu  # no kernel for another device yet
 NAN = float("nan")
 by_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 by_hidden_loss = pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)

@@ -22,6 +22,8 @@ from torch.optim import SGD, Adam, AdamW
 import lgd_kernels as lgd
 from lgd_kernels import backends
 
+pytestmark = pytest.mark.cpu  # no kernel for another device yet
+
 NAN = float("nan")
 
 

@@ -12,7 +12,7 @@ from cases import KINDS, SOME_KINDS
 
 import lgd_kernels as lgd
 
-pytestmark = pytest.mark.usefixtures("compiled", "nan_prefill")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("compiled", "nan_prefill")]
 HUGE_PAGE = 2 << 20
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from cases import DTYPES, dtype_name
-from conftest import CPU_BACKENDS
+from device import DEVICE, serving
 from layer_oracle import (
     ACTIVATIONS,
     HIDDEN_LOSSES,
@@ -22,7 +22,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import lgd_kernels as lgd
 from lgd_kernels import backends, ops, reference
 
-SERVED_BY = [name for name in CPU_BACKENDS if name == "reference" or backends.has_kernel("local_residual", "cpu")]
+SERVED_BY = serving("local_residual")
 NAMES = ("logits", "target", "multiplier", "skip_input")
 NAN = float("nan")
 by_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -68,7 +68,7 @@ def check(tensors, **options):
     names = [name for name, x in zip(NAMES, tensors, strict=True) if x is not None]
     for name, grad, of_plain in zip(names, grads, plain, strict=True):
         assert grad.dtype == dtype
-        expected = upstream.numpy()[:, None, None] * exact[name]
+        expected = upstream.numpy(force=True)[:, None, None] * exact[name]
         assert_layers(grad, expected, of_plain, dtype, f"gradient of {name}")
 
 
@@ -327,7 +327,7 @@ def test_autocast():
     """Logits in bfloat16 from a linear layer, with targets in float32."""
     tensors = make(2, 3, 4, torch.float32)
     mixed = [tensors[0].detach().bfloat16().requires_grad_(), *tensors[1:]]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         energies = loss(*mixed, skip=1.0)
     full = loss(mixed[0].float(), *mixed[1:], skip=1.0)
     assert torch.equal(energies, full)
@@ -335,7 +335,7 @@ def test_autocast():
     assert [grad.dtype for grad in grads] == [torch.bfloat16] + [torch.float32] * 3
     assert all(torch.equal(grad, expected) for grad, expected in zip(grads, of_full, strict=True))
     double = make(2, 3, 4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(loss(*double, skip=1.0), loss(*double, skip=1.0)) and loss(*double).dtype == torch.float64
 
 
@@ -355,7 +355,7 @@ X = torch.zeros(2, 3, 4)
         ({"target": None}, TypeError, r"target: expected a torch.Tensor, got NoneType"),
         ({"target": X[:1]}, ValueError, r"target: expected shape \(2, 3, 4\) as logits have it, got \(1, 3, 4\)"),
         ({"target": X.double()}, TypeError, r"target: has dtype torch.float64, but logits has dtype torch.float32"),
-        ({"target": X.to("meta")}, ValueError, r"target: is on meta, but logits is on cpu"),
+        ({"target": X.to("meta")}, ValueError, rf"target: is on meta, but logits is on {DEVICE}"),
         ({"multiplier": X[..., :2]}, ValueError, r"multiplier: expected shape \(2, 3, 4\) .* got \(2, 3, 2\)"),
         ({"multiplier": 1.0}, TypeError, r"multiplier: expected a torch.Tensor, got float"),
         ({"skip_input": X.half()}, TypeError, r"skip_input: has dtype torch.float16, but logits has dtype .*float32"),

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from cases import DTYPES, KINDS, REDUCTIONS, SOME_KINDS, dtype_name
+from device import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -408,7 +409,7 @@ def test_compile_a_gradient_transform():
     torch.testing.assert_close(compiled(x), grad(lambda x: lgd.softmax_infogain_loss(x, labels, H))(x))
 
 
-def test_a_label_out_of_range_raises_when_compiled():
+def test_a_label_out_of_range_raises_when_compiled(raising_labels):
     torch.compiler.reset()
     compiled = torch.compile(lgd.softmax_infogain_loss, fullgraph=True, backend="aot_eager")
     with pytest.raises(IndexError, match="labels: value 9 at position 1 is out of range for 4 classes"):
@@ -426,7 +427,7 @@ def test_autocast(kind, dtype):
     """The loss is float32, as for F.cross_entropy; the gradient has the logits' dtype."""
     _, labels, H, dense = problem(kind, N=6, dtype=torch.float32)
     linear, x = torch.nn.Linear(8, 4), torch.randn(6, 8)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         logits = linear(x)
         assert logits.dtype == dtype
         logits.retain_grad()
@@ -443,7 +444,7 @@ def test_autocast(kind, dtype):
 def test_autocast_and_gradient_scaling():
     """A float32 upstream gradient beyond float16's range times a small gradient: no overflow, no rounding twice."""
     logits = torch.zeros(2**13, 4, dtype=torch.float16, requires_grad=True)
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE.type, torch.float16):
         loss = lgd.softmax_infogain_loss(logits, torch.zeros(2**13, dtype=torch.int64))
     (loss * 2.0**17).backward()
     assert logits.grad[0].tolist() == [-12.0, 4.0, 4.0, 4.0]

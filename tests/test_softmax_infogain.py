@@ -44,6 +44,7 @@ def sharpened(problem: Problem) -> Problem:
     return problem
 
 
+@pytest.mark.cpu
 def test_the_compiled_extension_has_every_op():
     wanted = [name for name in ops.names() if name.startswith("softmax_infogain")] + ["count_labels"]
     assert len(wanted) == 7
@@ -442,7 +443,7 @@ def test_gradient_through_the_probabilities(dtype):
     def jacobian_product(p, v):
         return p * (v - (p * v).sum(1, keepdims=True))
 
-    plain = jacobian_product(problem.plain.p, v.to(problem.accumulated).numpy())
+    plain = jacobian_product(problem.plain.p, v.to(problem.accumulated).numpy(force=True))
     exact, scale = jacobian_product(problem.exact.p, array(v)), problem.exact.p_scale * np.abs(array(v)).max()
     problem.assert_rows(grad, exact, plain, scale + np.finfo(np.float32).tiny, "gradient")
 
@@ -471,11 +472,13 @@ def test_second_derivative(kind, dtype, reduction):
 
     scale = np.abs(up * problem.exact.weight)[:, None] * problem.exact.p_scale * np.abs(array(v)).max()
     scale = scale * (np.abs(array(problem.dense)).sum(1).max() + 2 * c * (problem.exact.lse_scale[:, None] + 1))
-    plain = hessian_product(problem.plain, up.astype(problem.plain.p.dtype), v.to(problem.accumulated).numpy())
+    plain = hessian_product(
+        problem.plain, up.astype(problem.plain.p.dtype), v.to(problem.accumulated).numpy(force=True)
+    )
     problem.assert_rows(product, hessian_product(problem.exact, up, array(v)), plain, scale, "Hessian product")
 
     by_row = (problem.exact.grad * array(v)).sum(1)
-    plain_by_row = (problem.plain.grad * v.to(problem.accumulated).numpy()).sum(1)
+    plain_by_row = (problem.plain.grad * v.to(problem.accumulated).numpy(force=True)).sum(1)
     scale = (problem.exact.grad_scale * np.abs(array(v))).sum(1)
     if reduction == "mean":
         by_row, plain_by_row, scale = (rows / problem.denominator(None) for rows in (by_row, plain_by_row, scale))
@@ -677,7 +680,7 @@ def test_special_rows(kind, dtype, C, columns):
     add_special_rows(problem)
     problem.check("none")
     problem = Problem(problem.logits[13:], problem.labels[13:], problem.H, problem.dense)
-    problem.logits[torch.from_numpy(np.isnan(problem.exact.loss))] = 0
+    problem.logits[torch.as_tensor(np.isnan(problem.exact.loss))] = 0
     Problem(problem.logits, problem.labels, problem.H, problem.dense).check("mean")
 
 
@@ -796,6 +799,7 @@ def test_the_bits_of_a_column_do_not_depend_on_the_batch(compiled, kind, dtype, 
             assert torch.equal(a[0, ..., 0], b[n, ..., i])
 
 
+@pytest.mark.cpu
 @by_dtype
 def test_the_bits_of_a_long_row_depend_neither_on_the_batch_nor_on_the_threads(compiled, threads, dtype):
     C = 200_000
@@ -814,6 +818,7 @@ def test_the_bits_of_a_long_row_depend_neither_on_the_batch_nor_on_the_threads(c
                 assert torch.equal(a, b)
 
 
+@pytest.mark.cpu
 def test_the_bits_of_short_rows_do_not_depend_on_the_threads(compiled, threads):
     problem = make("dense_negative", 3000, 33)
     results = []
@@ -825,6 +830,7 @@ def test_the_bits_of_short_rows_do_not_depend_on_the_threads(compiled, threads):
             assert torch.equal(a, b)
 
 
+@pytest.mark.cpu
 @by_dtype
 def test_the_gradient_of_H_does_not_depend_on_the_threads(compiled, threads, dtype):
     problem = make("dense_negative", 3000, 33, dtype)
@@ -850,6 +856,7 @@ def large_allocations(run, at_least: int) -> list[int]:
     return [size for size in events if size >= at_least]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "kind", ["none", "diagonal_background", "label_smoothing", "sparse_background", "dense_float32"]
 )
@@ -871,12 +878,14 @@ def test_loss_and_gradient_allocate_one_gradient(compiled, kind, dtype, upstream
             assert large_allocations(step, size // 2) == [size]
 
 
+@pytest.mark.cpu
 def test_the_loss_alone_allocates_nothing_of_the_size_of_the_logits(compiled):
     problem = make("dense_float32", 600, 100)
     for reduction in REDUCTIONS:
         assert large_allocations(lambda r=reduction: problem.loss(reduction=r), problem.logits.nbytes // 2) == []
 
 
+@pytest.mark.cpu
 def test_a_retained_graph_allocates_one_gradient_for_each_pass(compiled):
     problem = make("dense_float32", 600, 100)
     logits = problem.logits.requires_grad_()

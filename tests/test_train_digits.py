@@ -12,6 +12,8 @@ import torch
 
 from lgd_kernels.decoupled import Batch, ResidualNet
 
+pytestmark = pytest.mark.cpu
+
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
 WAYS = ["backpropagation", "decoupled, z", "decoupled, z and lambda"]
 

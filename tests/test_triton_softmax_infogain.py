@@ -15,6 +15,7 @@ from lgd_kernels import backends, ops
 from tools.gates.triton_ahead_of_time import Variant, compile_variant
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.cpu
 
 HERE = Path(__file__).parent
 GROUPS = {

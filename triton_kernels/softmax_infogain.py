@@ -855,6 +855,7 @@ def softmax_infogain_backward_matrix(
     """Gradient of sum(grad_loss * loss) with respect to a dense H of shape (n_rows, C), in accumulation type."""
     classes = logits.shape[1]
     result = logits.new_empty(n_rows, classes, dtype=_accumulation_dtype(logits.dtype))
+    _check("grad_loss", grad_loss, logits.shape[0], logits.shape[2], dtype=result.dtype)
     # rows sorted by label, those without one in range last: every row of H is then the sum of a range, in a fixed order
     flat = labels.reshape(-1)
     counted = (flat != ignore_index) & (flat >= 0) & (flat < n_rows)

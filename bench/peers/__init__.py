@@ -36,9 +36,10 @@ class Expected:
 class Problem:
     """One workload with its data.
 
-    calls: by peer; one call is what is timed, and returns its outputs by name. before_each_call: what each call needs
-    done first, outside the time. expected: computes the right outputs by name, of the last of checked_calls calls.
-    copied_bytes: moved by one call of the peer "copy". least_bytes, flops: what no implementation can do without.
+    calls: by peer, of those that this machine has; one call is what is timed, and returns its outputs by name.
+    before_each_call: what each call needs done first, outside the time. expected: computes the right outputs by name,
+    of the last of checked_calls calls. copied_bytes: moved by one call of the peer "copy". least_bytes, flops: what no
+    implementation can do without. device: "cpu" or "cuda".
     """
 
     calls: dict[str, Callable[[], Outputs]]
@@ -48,14 +49,18 @@ class Problem:
     least_bytes: int
     flops: int
     checked_calls: int = 1
+    device: str = "cpu"
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile, tuned, and without its reports on that. Without cudagraphs, which a CPU does not have."""
+def compiled(function: Callable, device: str = "cpu") -> Callable:
+    """torch.compile, tuned, and without its reports on that. Without CUDA graphs: a CPU has none, and on a GPU they
+    would copy the logits in every call. On a GPU without coordinate descent, which takes minutes for each kernel."""
     from torch._inductor import config, select_algorithm
 
     config.max_autotune_report_choices_stats = select_algorithm.PRINT_AUTOTUNE = False
-    return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    if device == "cpu":
+        return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return torch.compile(function, options={"max_autotune": True}, dynamic=False)
 
 
 def prepare(workload: Workload) -> Problem:

@@ -2,8 +2,8 @@
 
 It thins parametrized tests: with `--cover=2` it keeps of every test the cases in which some pair of parameter values
 occurs for the first time, so that every pair that the full run has is still run once; with `--cover=1` the same for
-single values. Of a test that runs on several backends it keeps the compiled one. And where the tests are meant for an
-extension and an instruction set it stops the run unless they run on those.
+single values. Of a test that runs on several backends it keeps the compiled one of the CPU, or that of `--backend`. And
+where the tests are meant for an extension and an instruction set it stops the run unless they run on those.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ Case = frozenset[tuple[str, int]]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gates")
     group.addoption("--cover", type=int, default=2, help="how many parameters at a time are fully combined")
+    group.addoption("--backend", default="cpp", help="which one of the backends that a test runs on is kept")
     group.addoption("--extension-in", type=Path, help="the folder that the extension must come from")
     group.addoption("--capability", help="the instruction set that it must choose")
 
@@ -37,8 +38,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    compiled = [item for item in items if parameters(item).get("backend", "cpp") == "cpp"]
-    keep_only(thinned(compiled, config.getoption("cover")), config, items)
+    chosen = [item for item in items if backend_of(item) in (None, config.getoption("backend"))]
+    keep_only(thinned(chosen, config.getoption("cover")), config, items)
+
+
+def backend_of(item: pytest.Item) -> str | None:
+    """The backend that a test runs on, where it runs on several."""
+    return parameters(item).get("backend", parameters(item).get("compiled"))
 
 
 def keep_only(kept: set[pytest.Item], config: pytest.Config, items: list[pytest.Item]) -> None:
