@@ -23,14 +23,11 @@ TESTS = (
     "test_properties.py",
 )
 # inputs beyond 2^31 elements, compilers started by torch.compile, new processes and memory that the sanitizer itself
-# takes are other tests' business; gradcheck repeats a call of the same sizes a hundred times
+# takes are other tests' business
 EXPRESSION = (
     "not complaint_07 and not compiled_function and not when_compiled and not test_compile and not environment and not "
-    "256_megabytes and not resident_set and not inside_a_compiled and not gradcheck"
+    "256_megabytes and not resident_set and not inside_a_compiled"
 )
-# how many parameters at a time are fully combined: two where loops have vectors and remainders, whose sizes depend on
-# the dtype; the scalar code is the same loops without, and four times slower
-COVER = {"DEFAULT": 1, "AVX2": 2, "AVX512": 2}
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")  # libstdc++: ASan must find __cxa_throw when it starts
 
 
@@ -65,11 +62,7 @@ def _check(library: Path, preload: str, capability: str) -> str:
     reports = FOLDER / "sanitizers" / f"report-{capability}"
     for old in reports.parent.glob(f"{reports.name}.*"):
         old.unlink()
-    command = [
-        sys.executable,
-        *pytest_command(library, capability, COVER[capability], TESTS, EXPRESSION),
-        "--capture=sys",
-    ]
+    command = [sys.executable, *pytest_command(library, capability, 2, TESTS, EXPRESSION), "--capture=sys"]
     failure = None
     try:
         output = run(
