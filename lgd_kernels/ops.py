@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lgd_kernels import backends
-from lgd_kernels.reference import accumulation_dtype, check_labels
+from lgd_kernels.reference import accumulation_dtype
+from lgd_kernels.reference import check_labels as check_labels_of_reference
 from lgd_kernels.reference.decoupled_linear import n_layers_of, stack_by_stack
 
 _LIBRARY = torch.library.Library("lgd_kernels", "DEF")
@@ -40,7 +41,7 @@ def _check_labels(name: str, args: tuple) -> None:
     if "logits" in named and "labels" in named:
         matrix = named.get("matrix")
         n_rows = named.get("n_rows", named["logits"].shape[1]) if matrix is None else matrix.shape[0]
-        check_labels(named["labels"], named["ignore_index"], n_rows, wait_for_device=True)
+        check_labels_of_reference(named["labels"], named["ignore_index"], n_rows, wait_for_device=True)
 
 
 def _define(name: str, schema: str, fake: Callable, vmap: Callable | None = None) -> None:
@@ -315,7 +316,7 @@ decoupled_linear_backward = torch.ops.lgd_kernels.decoupled_linear_backward.defa
 decoupled_step_ = torch.ops.lgd_kernels.decoupled_step_.default
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks of H that depend on its values: ops, so that an Infogain can be built inside a compiled function
+# Checks that depend on values: ops, so that an Infogain can be built, and labels be checked, inside a compiled function
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +357,13 @@ def _check_csr(crow: Tensor, col: Tensor, n_classes: int) -> None:
         raise ValueError("matrix: col_indices must be sorted and distinct within each row")
 
 
+def _check_labels_in_range(labels: Tensor, ignore_index: int, n_classes: int) -> None:
+    check_labels_of_reference(labels, ignore_index, n_classes, wait_for_device=True)
+
+
 check_finite = _define_check("check_finite", "(Tensor tensor, str name) -> ()", _check_finite)
 check_not_negative = _define_check("check_not_negative", "(Tensor tensor, str name) -> ()", _check_not_negative)
 check_csr = _define_check("check_csr", "(Tensor crow, Tensor col, int n_classes) -> ()", _check_csr)
+check_labels = _define_check(
+    "check_labels", "(Tensor labels, int ignore_index, int n_classes) -> ()", _check_labels_in_range
+)

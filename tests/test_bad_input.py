@@ -610,6 +610,29 @@ def test_the_module(case):
         make()
 
 
+def test_labels_of_a_device_are_checked_on_request(monkeypatch):
+    """On the CPU they always are; a meta tensor has no labels, but the call shows."""
+    calls = []
+    monkeypatch.setattr(ops, "check_labels", lambda *args: calls.append(args))
+    logits, labels = torch.empty(4, 3, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    for options in ({}, {"check_labels": False}, {"reduction": "none"}):
+        lgd.softmax_infogain_loss(logits, labels, **options)
+    assert calls == []
+    lgd.softmax_infogain_loss(logits, labels, ignore_index=1, check_labels=True)
+    ((checked, ignore_index, n_classes),) = calls
+    assert (checked.shape, ignore_index, n_classes) == ((4, 1), 1, 3)
+
+
+def test_the_check_of_labels():
+    check = torch.ops.lgd_kernels.check_labels.default
+    labels = torch.tensor([[0], [2], [-100], [3], [-1]])
+    assert check(labels[:3], -100, 3) is None
+    with pytest.raises(IndexError, match="labels: value 3 at position 3 is out of range for 3 classes"):
+        check(labels, -100, 3)
+    with pytest.raises(TypeError, match="check_labels: expected True or False, got int 1"):
+        lgd.softmax_infogain_loss(torch.randn(2, 3), torch.tensor([0, 1]), check_labels=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Backends, and the compiled ops themselves
 # ---------------------------------------------------------------------------------------------------------------------

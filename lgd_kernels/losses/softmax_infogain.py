@@ -213,7 +213,7 @@ def _as_result(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return loss if loss.dtype == logits.dtype else loss.to(_result_dtype(logits))
 
 
-_USUAL = ("mean", None, 1, 0.0, False, False, False)  # the defaults of softmax_infogain_loss
+_USUAL = ("mean", None, 1, 0.0, False, False, False, False)  # the defaults of softmax_infogain_loss
 _TYPES_OF_USUAL = tuple(map(type, _USUAL))
 
 
@@ -246,6 +246,7 @@ def softmax_infogain_loss(
     return_probabilities: bool = False,
     return_lse: bool = False,
     return_grad_norm: bool = False,
+    check_labels: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Softmax-with-infogain loss from raw logits: cross entropy in which H says how bad each mistake is.
 
@@ -275,6 +276,8 @@ def softmax_infogain_loss(
         return_lse: also return the log-sum-exp of every row, in the shape of labels, in the accumulation dtype.
         return_grad_norm: also return the Euclidean norm of the gradient of every row's loss (before the reduction), in
             the shape of labels; it carries no gradient itself.
+        check_labels: wait for the labels on a device other than the CPU, and raise for one that is out of range. For
+            all calls: LGD_CHECK_LABELS=1 in the environment. On the CPU labels are always checked.
 
     Returns:
         The loss, in the logits' dtype (float32 under autocast): a scalar, or the shape of labels for
@@ -282,10 +285,13 @@ def softmax_infogain_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or name.
-        IndexError: a label outside [0, C) that is not ignore_index (CPU). On CUDA nothing waits for the device: such a
-            row's loss is NaN and its gradient 0.
+        IndexError: a label outside [0, C) that is not ignore_index, on the CPU or with check_labels. Otherwise nothing
+            waits for the device: such a row's loss is NaN and its gradient 0.
     """
-    options = (reduction, normalization, axis, z_loss, return_probabilities, return_lse, return_grad_norm)
+    options = (
+        *(reduction, normalization, axis, z_loss),
+        *(return_probabilities, return_lse, return_grad_norm, check_labels),
+    )
     if sample_weight is None and tuple(map(type, options)) == _TYPES_OF_USUAL and options == _USUAL:
         loss = _usual_loss(logits, labels, H, ignore_index)
         if loss is not None:
@@ -295,7 +301,10 @@ def softmax_infogain_loss(
     check_bool("return_probabilities", return_probabilities)
     check_bool("return_lse", return_lse)
     check_bool("return_grad_norm", return_grad_norm)
+    check_bool("check_labels", check_labels)
     rows = _canonical(logits, labels, H, sample_weight, ignore_index, axis, z_loss)
+    if check_labels and logits.device.type != "cpu":
+        ops.check_labels(rows.labels, ignore_index, rows.shape[1])
     denominator = _denominator(rows, reduction, normalization)
     if not (return_probabilities or return_lse or return_grad_norm):
         return _as_result(_reduced_loss(rows, reduction, denominator), logits, labels)
