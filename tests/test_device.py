@@ -235,8 +235,18 @@ def test_a_label_out_of_range_costs_its_row_and_no_other(anyone, kind, N):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_labels_are_checked_on_request(anyone, raising_labels):
+MESSAGE = "labels: value 1000 at position 5 is out of range for 1000 classes"
+
+
+def test_labels_are_checked_on_request(anyone):
     logits, labels, _ = make("none", 8, 1000)
     labels[5] = 1000
-    with pytest.raises(IndexError, match="labels: value 1000 at position 5 is out of range for 1000 classes"):
+    with pytest.raises(IndexError, match=MESSAGE):
+        lgd.softmax_infogain_loss(logits, labels, check_labels=True)
+
+
+def test_labels_are_checked_in_all_calls_on_request(anyone, raising_labels):
+    logits, labels, _ = make("none", 8, 1000)
+    labels[5] = 1000
+    with pytest.raises(IndexError, match=MESSAGE):
         lgd.softmax_infogain_loss(logits, labels)
