@@ -178,6 +178,14 @@ def test_no_rows(shape, reduction):
     assert grad.shape == shape
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (4, 5, 0)])
+def test_no_rows_leave_the_gradient_of_H_zero(shape):
+    matrix = torch.rand(5, 5).requires_grad_()
+    labels = torch.empty((shape[0], *shape[2:]), dtype=torch.int64)
+    lgd.softmax_infogain_loss(torch.empty(shape), labels, lgd.Infogain.dense(matrix), reduction="sum").backward()
+    assert torch.equal(matrix.grad, torch.zeros(5, 5))
+
+
 @pytest.mark.parametrize("normalization", ["full", "valid", "batch_size", "none"])
 def test_no_rows_with_a_normalization_is_zero(normalization):
     for shape in ((0, 5), (0, 5, 3), (4, 5, 0)):
