@@ -51,6 +51,7 @@ COMMON_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/torch/cuda_device.cpp",
+    "csrc/cuda/compiled_for.cu",
     "csrc/cuda/count_labels.cu",
     "csrc/cuda/softmax_infogain.cu",
 ]
@@ -144,6 +145,8 @@ def extensions() -> list:
         print(f"lgd_kernels: installing without CUDA kernels: {reason}", file=sys.stderr)
         extension = CppExtension("lgd_kernels._C", COMMON_SOURCES, extra_compile_args=flags, **options)
     else:
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ and torch.cuda.device_count() == 0:  # torch would not know what for
+            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0;12.0+PTX"
         major, minor = torch.version.cuda.split(".")[:2]
         version = 1000 * int(major) + 10 * int(minor)  # as in CUDA's own headers
         flags = {"cxx": [*flags, f"-DLGD_WITH_CUDA={version}"], "nvcc": NVCC_FLAGS}

@@ -70,6 +70,12 @@ def _load_triton() -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
+@functools.cache
+def _cuda_ops() -> frozenset[str]:
+    """The ops for which CUDA kernels were built."""
+    return frozenset(() if extension is None else extension.cuda_ops())
+
+
 def _runs_triton(device_type: str) -> bool:
     """Whether Triton kernels can take tensors on a device of this type."""
     if device_type == "cpu":
@@ -139,12 +145,6 @@ def _kernels(name: str, op: str, device_type: str) -> ModuleType | None:
         kernels, _ = _load_triton()
         return kernels if kernels is not None and op in kernels.OPS else None
     return None
-
-
-@functools.cache
-def _cuda_ops() -> frozenset[str]:
-    """The ops for which CUDA kernels were built."""
-    return frozenset(() if extension is None else extension.cuda_ops())
 
 
 def _name_of(module: ModuleType, device_type: str) -> str:

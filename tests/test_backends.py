@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -82,6 +87,23 @@ def test_what_is_not_built_cannot_be_forced(monkeypatch):
     monkeypatch.setattr(backends, "_cuda_ops", frozenset)
     with pytest.raises(RuntimeError, match=r"^name: backend 'cuda' is not built; install nvcc"):
         backends.force("cuda").__enter__()
+
+
+def test_the_environment_variable():
+    """On a machine with CUDA kernels it is taken; without, it says what is missing."""
+    code = "import lgd_kernels; lgd_kernels.show_backends()"
+    completed = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LGD_BACKEND": "cuda", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    if backends.extension.cuda_ops():
+        assert "LGD_BACKEND=cuda" in completed.stdout
+    else:
+        assert completed.stderr.splitlines()[-1].startswith(
+            "RuntimeError: LGD_BACKEND: backend 'cuda' is not built; install nvcc"
+        )
 
 
 def test_show_backends_with_cuda_kernels(cuda_kernels, monkeypatch, capsys):

@@ -178,6 +178,16 @@ def test_no_rows(shape, reduction):
     assert grad.shape == shape
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (5, 0, 3)])
+def test_no_classes(shape):
+    """Then every label is ignored, or wrong."""
+    logits, labels = torch.empty(shape, requires_grad=True), torch.full((shape[0], *shape[2:]), -100)
+    loss = lgd.softmax_infogain_loss(logits, labels, reduction="none")
+    assert torch.equal(loss, torch.zeros(labels.shape))
+    loss.sum().backward()
+    assert logits.grad.shape == shape
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (4, 5, 0)])
 def test_no_rows_leave_the_gradient_of_H_zero(shape):
     matrix = torch.rand(5, 5).requires_grad_()

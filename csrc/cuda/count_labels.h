@@ -11,10 +11,10 @@
 
 namespace lgd::gpu {
 
-// numbers[0] = how many labels are not ignored, numbers[1] = 1 / numbers[0].
+// *count = how many labels are not ignored, *reciprocal = 1 / *count.
 template <typename Acc>
 int count_labels(
-    int64_t outer, int64_t inner, PerRow<const int64_t> labels, int64_t ignore_index, Acc* numbers,
+    int64_t outer, int64_t inner, PerRow<const int64_t> labels, int64_t ignore_index, Acc* count, Acc* reciprocal,
     int compute_capability, void* stream);
 
 } // namespace lgd::gpu

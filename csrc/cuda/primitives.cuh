@@ -255,6 +255,9 @@ LGD_DEVICE A* cluster_pointer(A* address, int) {
 // Starts a kernel; returns its cudaError_t.
 template <auto kernel, typename... Arguments>
 int launch(const Grid& grid, void* stream, const Arguments&... arguments) {
+  if (grid.blocks > std::numeric_limits<int>::max()) {
+    return cudaErrorInvalidConfiguration;
+  }
   if (grid.shared_bytes > 48 * 1024) { // the limit without asking
     const int bytes = static_cast<int>(grid.shared_bytes);
     if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {

@@ -32,7 +32,7 @@ struct InfogainView {
 };
 
 // What every kernel reads. Acc, the accumulation type, is double for float64 logits and float otherwise; per-row inputs
-// and outputs other than labels are of that type. At most 2^31 - 1 classes; any number of rows.
+// and outputs other than labels are of that type. At most 2^30 classes, so that an int reaches beyond the last one.
 template <typename Acc>
 struct SoftmaxInfogainInput {
   int64_t outer = 0, inner = 0;

@@ -63,7 +63,7 @@ constexpr int kMostThreads = 512; // of the others: 128 registers for each
 
 constexpr Configuration stream_configuration(const RowShape& row) {
   const int64_t bytes = row.classes * row.element_size;
-  return {Mode::Stream, 0, std::min(whole_warps(divided_up(bytes, 4 * kVectorBytes)), kMostThreads), 1};
+  return {Mode::Stream, 0, std::clamp(whole_warps(divided_up(bytes, 4 * kVectorBytes)), 32, kMostThreads), 1};
 }
 
 // One warp in the class direction for every 32 classes; then as many rows as make the block 128 threads.

@@ -29,6 +29,10 @@ inline DType dtype_of_tensor(const at::Tensor& tensor, const char* name) {
   }
 }
 
+inline void check_device(const at::Tensor& tensor, at::Device device, const char* name) {
+  TORCH_CHECK_VALUE(tensor.device() == device, name, ": is on ", tensor.device(), ", but logits are on ", device);
+}
+
 // The instruction set that torch itself uses on this machine; the environment variable ATEN_CPU_CAPABILITY lowers it.
 enum class CpuCapability { Default, AVX2, AVX512 };
 CpuCapability cpu_capability();

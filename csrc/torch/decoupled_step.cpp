@@ -167,7 +167,7 @@ class Step {
         n_layers_(weight_.values().size()),
         classes_(n_layers_ == 0 ? 0 : weight_.values().rows(n_layers_ - 1)),
         options_(layer_options(n_layers_, a.activation, a.rho, a.skip, a.branch_scale, dual_steps())),
-        infogain_(a.h, classes_),
+        infogain_(a.h, a.x.device(), classes_),
         rounded_stacks_(needs_rounded_weights() ? rounded(a.weight) : TensorList{}),
         rounded_weights_(rounded_stacks_, "weight") {
     check();

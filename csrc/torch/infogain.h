@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../cpu/softmax_infogain.h"
 #include "common.h"
@@ -23,7 +24,8 @@ struct Infogain {
   View view;
   at::Tensor matrix, background, diagonal, crow, col, values;
 
-  Infogain(const InfogainTensors& h, int64_t classes) {
+  Infogain(const InfogainTensors& h, at::Device device, int64_t classes) {
+    check_devices(h, device);
     view.n_rows = classes;
     if (h.matrix) {
       take_matrix(*h.matrix, classes);
@@ -45,6 +47,17 @@ struct Infogain {
   }
 
  private:
+  static void check_devices(const InfogainTensors& h, at::Device device) {
+    const std::pair<const OptionalTensor*, const char*> parts[] = {
+        {&h.matrix, "matrix"}, {&h.background, "background"}, {&h.diagonal, "diagonal"}, {&h.crow, "crow"},
+        {&h.col, "col"},       {&h.values, "values"}};
+    for (const auto& [part, name] : parts) {
+      if (*part) {
+        check_device(**part, device, name);
+      }
+    }
+  }
+
   static constexpr at::ScalarType kAcc = std::is_same_v<Acc, double> ? at::kDouble : at::kFloat;
 
   void take_matrix(const at::Tensor& given, int64_t classes) {

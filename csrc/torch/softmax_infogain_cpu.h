@@ -45,6 +45,8 @@ struct Cpu {
   using Output = SoftmaxInfogainOutput<Acc>;
   using DoubleBackward = SoftmaxInfogainDoubleBackward<Acc>;
 
+  static constexpr int64_t kMostClasses = std::numeric_limits<int64_t>::max();
+
   static at::Tensor empty_like(const at::Tensor& logits) { return empty_on_huge_pages(logits); }
 
   static void run(const Call<Cpu>& call, Output out) {

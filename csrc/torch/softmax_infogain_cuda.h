@@ -22,6 +22,8 @@ struct Cuda {
   using Output = gpu::SoftmaxInfogainOutput<Acc>;
   using DoubleBackward = gpu::SoftmaxInfogainDoubleBackward<Acc>;
 
+  static constexpr int64_t kMostClasses = int64_t(1) << 30;
+
   static at::Tensor empty_like(const at::Tensor& logits) { return at::empty_like(logits); }
 
   static void run(const Call<Cuda>& call, const Output& out) {
@@ -60,6 +62,9 @@ struct Cuda {
     const std::array<int64_t, 2> shape = {n_rows, call.input.classes};
     const at::TensorOptions options = options_of_rows<Acc>(rows.logits);
     const at::Tensor result = call.empty() ? at::zeros(shape, options) : at::empty(shape, options);
+    if (result.numel() == 0) {
+      return result;
+    }
     gpu::SoftmaxInfogainBackwardMatrix<Acc> io;
     io.grad_loss = row_input<Acc>(rows, grad_loss, "grad_loss");
     io.max = per_row<const Acc>(max);
@@ -80,13 +85,14 @@ struct Cuda {
 
   // (how many labels (O, I) are not ignored, 1 / that)
   static std::pair<at::Tensor, at::Tensor> counted(const at::Tensor& labels, int64_t ignore_index) {
-    const at::Tensor numbers = at::empty({2}, labels.options().dtype(c10::CppTypeToScalarType<Acc>::value));
+    const auto options = labels.options().dtype(c10::CppTypeToScalarType<Acc>::value);
+    const at::Tensor number = at::empty({}, options), reciprocal = at::empty({}, options);
     const CudaLaunch launch(labels);
     const int status = gpu::count_labels<Acc>(
-        labels.size(0), labels.size(1), per_row<const int64_t>(labels), ignore_index, numbers.data_ptr<Acc>(),
-        launch.compute_capability(), launch.stream());
+        labels.size(0), labels.size(1), per_row<const int64_t>(labels), ignore_index, number.data_ptr<Acc>(),
+        reciprocal.data_ptr<Acc>(), launch.compute_capability(), launch.stream());
     check_launch(status, "count_labels");
-    return {numbers[0], numbers[1]};
+    return {number, reciprocal};
   }
 
   // Whether a gradient is already what it should become is decided on the device, row by row.

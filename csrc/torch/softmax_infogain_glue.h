@@ -1,15 +1,14 @@
 // The functions of softmax_infogain between tensors and kernels, as far as they are the same for every device.
 //
-// A Device has the accumulation type Acc, the kernels' structs Input, Output and DoubleBackward, and static functions:
-// `empty_like` makes a gradient, `run` calls a kernel on a Call, and `agree` says whether it is known already that two
-// per-row tensors are equal.
+// A Device has the accumulation type Acc, the number kMostClasses, the kernels' structs Input, Output and
+// DoubleBackward, and static functions: `empty_like` makes a gradient, `run` calls a kernel on a Call, and `agree` says
+// whether it is known already that two per-row tensors are equal.
 #pragma once
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <cstdint>
-#include <limits>
 #include <tuple>
 #include <type_traits>
 
@@ -36,6 +35,7 @@ PerRow<const T> row_input(const RowArguments& rows, const at::Tensor& tensor, co
   TORCH_CHECK_VALUE(
       tensor.dim() == 2 && tensor.size(0) == rows.logits.size(0) && tensor.size(1) == rows.logits.size(2), name,
       ": expected shape (", rows.logits.size(0), ", ", rows.logits.size(2), "), got ", tensor.sizes());
+  check_device(tensor, rows.logits.device(), name);
   return per_row<const T>(tensor);
 }
 
@@ -48,6 +48,7 @@ PerRow<const T> row_input(const RowArguments& rows, const OptionalTensor& tensor
 inline Rows like_logits(const RowArguments& rows, const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(
       tensor.sizes() == rows.logits.sizes(), name, ": expected shape ", rows.logits.sizes(), ", got ", tensor.sizes());
+  check_device(tensor, rows.logits.device(), name);
   return rows_of(tensor, name);
 }
 
@@ -71,18 +72,18 @@ class Call {
   using Input = typename Device::Input;
 
   explicit Call(const RowArguments& rows)
-      : logits(rows.logits), labels(rows.labels), infogain_(rows.h, rows.logits.size(1)) {
+      : logits(rows.logits), labels(rows.labels), infogain_(rows.h, rows.logits.device(), rows.logits.size(1)) {
     TORCH_CHECK_VALUE(logits.dim() == 3, "logits: expected shape (O, C, I), got ", logits.sizes());
     TORCH_CHECK_VALUE(
         labels.dim() == 2 && labels.size(0) == logits.size(0) && labels.size(1) == logits.size(2),
         "labels: expected shape (", logits.size(0), ", ", logits.size(2), "), got ", labels.sizes());
     TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels: dtype must be int64, got ", labels.scalar_type());
-    using Classes = decltype(input.classes);
+    check_device(labels, logits.device(), "labels");
     TORCH_CHECK_VALUE(
-        logits.size(1) <= std::numeric_limits<Classes>::max(), "logits: at most ", std::numeric_limits<Classes>::max(),
+        logits.size(1) <= Device::kMostClasses, "logits: at most ", Device::kMostClasses,
         " classes are supported on this device, got ", logits.size(1));
     input.outer = logits.size(0);
-    input.classes = static_cast<Classes>(logits.size(1));
+    input.classes = static_cast<decltype(input.classes)>(logits.size(1));
     input.inner = logits.size(2);
     input.logits = rows_of(logits, "logits");
     input.labels = per_row<const int64_t>(labels);

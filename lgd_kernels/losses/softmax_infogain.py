@@ -13,7 +13,7 @@ from lgd_kernels.arguments import FLOATING, check_bool, check_int, check_number,
 from lgd_kernels.autograd.softmax_infogain import softmax_infogain, softmax_infogain_mean, softmax_infogain_reduced
 from lgd_kernels.infogain import Infogain, InfogainParts
 from lgd_kernels.reference import accumulation_dtype
-from lgd_kernels.watchers import is_eager, is_overridden
+from lgd_kernels.watchers import is_eager
 
 REDUCTIONS = ("none", "sum", "mean")
 NORMALIZATIONS = ("full", "valid", "batch_size", "none")
@@ -92,8 +92,9 @@ def parts_for(H: Infogain | None, device: torch.device, num_classes: int, becaus
 def _number_on(device: torch.device, number: Tensor) -> Tensor:
     """A 0-dimensional tensor on a device. A constant of the CPU is written there, not copied: a copy would wait for the
     device, and a CUDA graph cannot have it."""
-    is_constant_here = number.device.type == "cpu" and not number.requires_grad
-    if number.device == device or not is_constant_here or not is_eager() or is_overridden((number,)):
+    is_constant_here = type(number) is Tensor and number.device.type == "cpu" and not number.requires_grad
+    is_watched = not is_eager() or torch._C._len_torch_dispatch_stack() > 0
+    if number.device == device or not is_constant_here or is_watched:
         return number.to(device)
     return torch.full((), number.item(), dtype=number.dtype, device=device)
 
@@ -412,7 +413,8 @@ class SoftmaxInfogainLoss(nn.Module):
         if self.label_smoothing == 0:
             return None
         axis = _class_axis(logits, self.axis)
-        return Infogain.label_smoothing(self.label_smoothing, logits.shape[axis])
+        epsilon = torch.tensor(self.label_smoothing, dtype=torch.float64, device="cpu")  # a GPU would be waited for
+        return Infogain.label_smoothing(epsilon, logits.shape[axis])
 
     def _weighted(self, logits: Tensor, axis: int) -> Infogain:
         """H[l, j] = (1 - e) w_l [l = j] + e w_j / C, as PyTorch weights a smoothed label."""

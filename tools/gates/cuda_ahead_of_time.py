@@ -16,7 +16,7 @@ from tools.gates.common import FOLDER, ROOT, GateError, run, tool
 
 WORK = FOLDER / "cuda_ahead_of_time"
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-SOURCES = ("softmax_infogain.cu", "count_labels.cu")
+SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 GLUE = "csrc/torch/cuda_device.cpp"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")

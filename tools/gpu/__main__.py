@@ -22,11 +22,11 @@ def stages(quick: bool) -> list[Stage]:
     """What is run, in this order; the last one gets all the time that is left."""
     the_tests, the_benchmark = functools.partial(tests, quick=quick), functools.partial(benchmark, quick=quick)
     if quick:
-        return [Stage("build", 90, build), Stage("tests", 45, the_tests), Stage("benchmark", math.inf, the_benchmark)]
+        return [Stage("build", 95, build), Stage("tests", 40, the_tests), Stage("benchmark", math.inf, the_benchmark)]
     return [
-        Stage("build", 100, build),
-        Stage("tests", 150, the_tests),
-        Stage("compute-sanitizer", 90, sanitizer),
+        Stage("build", 130, build),
+        Stage("tests", 140, the_tests),
+        Stage("compute-sanitizer", 80, sanitizer),
         Stage("benchmark", math.inf, the_benchmark),
     ]
 

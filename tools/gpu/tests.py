@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from tools.gpu.commands import Ended, run_together
-from tools.gpu.stages import FAILED, PASSED, SKIPPED, STOPPED, Outcome
+from tools.gpu.stages import FAILED, PASSED, STOPPED, Outcome
 
 MOST_PROCESSES = 16  # each has a CUDA context of half a gigabyte
 NOTHING_COLLECTED = 5  # exit status of pytest
@@ -27,7 +27,7 @@ def commands(processes: int, quick: bool) -> dict[str, list[str]]:
 def tests(seconds: float, quick: bool) -> Outcome:
     """The whole suite; in a quick run every value of every parameter once."""
     if missing := [name for name in ("pytest", "hypothesis", "numpy") if find_spec(name) is None]:
-        return Outcome(SKIPPED, f"not installed: {', '.join(missing)}")
+        return Outcome(FAILED, f"not installed: {', '.join(missing)}")
     ended = run_together(commands(min(os.cpu_count() or 1, MOST_PROCESSES), quick), seconds)
     for line in failures(ended.values())[:20]:
         print(line)
