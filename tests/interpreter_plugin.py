@@ -1,13 +1,22 @@
-"""A pytest plugin (`-p interpreter_plugin`) that runs the tests of softmax_infogain on the Triton kernels, in Triton's
-interpreter (TRITON_INTERPRET=1): thinned, and with `--tiles=small` on tiles so small that most rows take several."""
+"""A pytest plugin (`-p interpreter_plugin`) that runs the tests of ops on the Triton kernels, in Triton's interpreter
+(TRITON_INTERPRET=1): thinned, and with `--tiles=small` on tiles so small that most rows or layers take several.
+
+`in_the_interpreter` starts a process for it."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tools.gates.pytest_plugin import keep_only, parameters, thinned
 
+HERE = Path(__file__).parent
 _OF_COMPILED_CODE = {"compiled", "threads"}  # fixtures
+_WITH_THEIR_BACKEND = ("test_local_residual.py", "test_decoupled_linear.py")  # other tests in them are on the CPU's
 _MINUTES_LONG = ("special_long_rows", "40000-columns", "many_threads")
 # what a kernel does with the tiles of a row; the other tests are about what surrounds it
 _ABOUT_TILES = (
@@ -22,6 +31,22 @@ _ABOUT_TILES = (
     "masked_class",
 )
 _MOST_CLASSES_IN_SMALL_TILES = 64
+
+
+def in_the_interpreter(*arguments: str) -> None:
+    """Run pytest in a process of its own, because a process either interprets or compiles; fail with its output."""
+    options = ["-p", "interpreter_plugin", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore::RuntimeWarning"]
+    files = [HERE / argument if argument.endswith(".py") else argument for argument in arguments]
+    completed = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=HERE.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if completed.returncode != 0:
+        pytest.fail(completed.stdout, pytrace=False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = [item for item in items if not _OF_COMPILED_CODE & set(item.fixturenames)]
     chosen = [item for item in chosen if not any(part in item.nodeid for part in _MINUTES_LONG)]
+    chosen = [x for x in chosen if x.path.name not in _WITH_THEIR_BACKEND or "backend" in x.fixturenames]
     if config.getoption("tiles") == "small":
         chosen = [item for item in chosen if any(part in item.nodeid for part in _ABOUT_TILES)]
         chosen = [item for item in chosen if parameters(item).get("C", 0) <= _MOST_CLASSES_IN_SMALL_TILES]
