@@ -8,7 +8,7 @@ import torch
 from lgd_kernels import backends, ops
 
 SERVED = frozenset(name for name in ops.names() if name.startswith("softmax_infogain")) | {"count_labels"}
-LAYER_OPS = {"local_residual"}  # of which Triton has kernels
+LAYER_OPS = {"local_residual", "decoupled_linear", "decoupled_linear_backward"}  # of which Triton has kernels
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built")
 pytestmark = needs_extension
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class Layers(NamedTuple):
     Offsets come from memory even where they are equally far apart, so that a layer is read in the same way, and its
     energy summed in the same order, wherever it starts and whatever else is in its stack."""
 
-    align: tl.constexpr  # how many elements the compiler may take to be aligned together
+    align: tl.constexpr  # of so many elements the compiler may take starts, strides and lengths to be multiples
     row_major: tl.constexpr  # whether the elements of a row lie side by side, otherwise those of a column may
     data: Tensor
     offsets: Tensor  # (L,) int64, from the start of `data` to element (0, 0) of every layer
@@ -48,14 +49,15 @@ def _table(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _layers(first: Tensor, offsets: tuple[int, ...], apart: Sequence[int]) -> Layers:
     """Layers like `first` (n, d), (n,) or (), at these offsets, which are sums of multiples of the numbers `apart`.
 
-    A layer that others of its size would push off its place if they lay before it does not count as aligned: its bits
-    do not depend on whether they do."""
+    With rows of odd lengths no layer counts as aligned: its bits do not depend on whether others lie before it, which
+    would push it off its place."""
     row, column = (0, 0, *first.stride())[-2:]
     row_major = column == 1 or row != 1
     align = 1
     if min(row, column) <= 1:
         start, size = first.data_ptr(), first.element_size()
-        align = alignment(size, start // size, first.numel(), row if row_major else column, *apart)
+        side_by_side = (1, 1, *first.shape)[-1 if row_major else -2]
+        align = alignment(size, start // size, side_by_side, row if row_major else column, *apart)
     constants = (tl.constexpr(align), tl.constexpr(row_major))
     return Layers(*constants, first, _table(offsets, torch.int64, first.device), row, column)
 
@@ -78,17 +80,52 @@ def single_layers(tensors: Sequence[Tensor | None]) -> Layers | None:
     return _layers(first, offsets, offsets)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Layers that one launch takes: some of one stack, or single ones of equal shapes."""
+
+    layers: tuple[int, ...]  # counted over all stacks
+    stacks: tuple[int, ...]  # the one stack, or that of every layer
+    positions: tuple[int, ...] | None  # in the one stack
+
+    def of(self, tensors: Sequence[Tensor | None]) -> Layers | None:
+        """The group's layers in a list with a tensor for each stack."""
+        if self.positions is None:
+            return single_layers([tensors[i] for i in self.stacks])
+        return stack_layers(tensors[self.stacks[0]], self.positions)
+
+
+def groups_of(lists: Sequence[Sequence[Tensor | None]], activation: Sequence[int], *per_stack: Sequence) -> list[Group]:
+    """All layers, grouped by activation and, for single layers, by what else must be equal; `lists` have an entry for
+    each stack, stacks in the first of them have three dimensions and single layers two."""
+    keys, places = [], []
+    for i, first in enumerate(lists[0]):
+        single = first.dim() == 2
+        like = tuple((x.shape, x.stride(), x.dtype) if x is not None else None for x in (of[i] for of in lists))
+        key = (like, *(of[i] for of in per_stack)) if single else i
+        for position in range(1 if single else len(first)):
+            keys.append(key)
+            places.append((i, None if single else position))
+    if len(activation) != len(keys):
+        raise ValueError(f"activation: has {len(activation)} values, but there are {len(keys)} layers")
+    groups = []
+    for chosen in grouped(list(zip(keys, activation, strict=True))):
+        stacks, positions = zip(*(places[t] for t in chosen), strict=True)
+        groups.append(Group(chosen, stacks, None if positions[0] is None else positions))
+    return groups
+
+
 def numbers_of_layers(rows: Sequence[tuple[float, ...]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(L, 5): rho, skip, branch_scale, dual_step and kappa of every layer."""
     return _table(tuple(rows), dtype, device)
 
 
-def grouped(keys: Sequence[Hashable]) -> list[list[int]]:
+def grouped(keys: Sequence[Hashable]) -> list[tuple[int, ...]]:
     """Positions of equal keys, in order."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
-    return list(groups.values())
+    return [tuple(group) for group in groups.values()]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,8 +148,11 @@ def layer_at(tensor, layer):
 
 
 @triton.jit
-def within_layer(tensor, rows, columns):
-    """How far elements of a layer are from its start, in the shape of `rows` and `columns` broadcast together."""
+def within_layer(tensor, rows, columns, TRANSPOSED: tl.constexpr):
+    """How far elements of a layer are from its start, in the shape of `rows` and `columns` broadcast together; of its
+    transpose, if TRANSPOSED."""
+    if TRANSPOSED:
+        rows, columns = columns, rows
     if tensor.row_major:
         return rows * multiple(tensor.row, tensor.align) + columns * tensor.column
     else:
@@ -120,10 +160,19 @@ def within_layer(tensor, rows, columns):
 
 
 @triton.jit
+def size_of(tensor, n_rows, n_columns, COLUMNS: tl.constexpr):
+    """The number of columns or rows of a tensor, in a way that the compiler knows what it is a multiple of."""
+    if COLUMNS:
+        return multiple(n_columns, tensor.align) if tensor.row_major else n_columns
+    else:
+        return n_rows if tensor.row_major else multiple(n_rows, tensor.align)
+
+
+@triton.jit
 def load_layers(tensor, layer, rows, columns, mask, ACC: tl.constexpr):
     """A tile of a layer, (BLOCK_R, BLOCK_C); None of None."""
     if tensor is not None:
-        at = layer_at(tensor, layer) + within_layer(tensor, rows[:, None], columns[None, :])
+        at = layer_at(tensor, layer) + within_layer(tensor, rows[:, None], columns[None, :], False)
         return tl.load(at, mask=mask, other=0).to(ACC)
     else:
         return None
@@ -133,7 +182,7 @@ def load_layers(tensor, layer, rows, columns, mask, ACC: tl.constexpr):
 def store_layers(tensor, layer, rows, columns, mask, value):
     """Store a tile of a layer, (BLOCK_R, BLOCK_C), where it is wanted."""
     if tensor is not None:
-        at = layer_at(tensor, layer) + within_layer(tensor, rows[:, None], columns[None, :])
+        at = layer_at(tensor, layer) + within_layer(tensor, rows[:, None], columns[None, :], False)
         tl.store(at, value, mask=mask)
 
 

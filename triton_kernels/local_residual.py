@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INT32_MAX, extent, launch, multiple
+from .common import INT32_MAX, extent, launch
 from .layers import (
     ResidualIo,
     accumulation_dtype,
@@ -23,6 +23,7 @@ from .layers import (
     judge,
     load_layers,
     numbers_of_layers,
+    size_of,
     stack_layers,
     sum_energy,
     triton_dtype,
@@ -41,9 +42,9 @@ class ResidualTiles:
 
 
 def residual_tiles(rows: int, columns: int, dtype: torch.dtype) -> ResidualTiles:
-    """The tiles of layers (rows, columns). Up to four tensors are in registers at a time: 16 elements of each for a
-    thread, two loads of 16 bytes where they have 16 bits, and 8 in float64."""
-    elements = 1024 if dtype == torch.float64 else 2048
+    """The tiles of layers (rows, columns). Up to four tensors are in registers at a time: 8 elements of each for a
+    thread, a load of 16 bytes where they have 16 bits, and 4 in float64."""
+    elements = 512 if dtype == torch.float64 else 1024
     # side by side: 512 elements, at least 1 KB
     block_columns = min(triton.next_power_of_2(max(columns, 1)), elements if rows == 1 else 512)
     block_rows = min(triton.next_power_of_2(max(rows, 1)), elements // block_columns)
@@ -66,7 +67,7 @@ def local_residual_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Whatever is wanted for one tile of one layer, and its energy."""
-    n_columns = multiple(n_columns, logits.align)
+    n_columns = size_of(logits, n_rows, n_columns, True)
     column_tiles = tl.cdiv(n_columns, BLOCK_C)
     n_tiles = column_tiles * tl.cdiv(n_rows, BLOCK_R)
     layer, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
@@ -88,6 +89,8 @@ def _check(logits: Tensor, others: dict[str, Tensor | None], skip: Sequence[floa
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != logits.shape:
             raise ValueError(f"{name}: expected shape {tuple(logits.shape)}, got {tuple(tensor.shape)}")
+    if len(skip) != len(logits):
+        raise ValueError(f"skip: has {len(skip)} values, but there are {len(logits)} layers")
     if others["skip_input"] is None and any(skip):
         raise ValueError(f"skip_input: is needed where skip is not 0, got skip {list(skip)}")
 
@@ -120,8 +123,7 @@ def local_residual(
         stacks = {name: x if x is None else x.flatten(1).unsqueeze(1) for name, x in stacks.items()}
     tiles = residual_tiles(rows, columns, logits.dtype)
     n_tiles = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
-    for positions in grouped(activation):
-        chosen = tuple(positions)
+    for chosen in grouped(activation):
         of_logits, *io = (
             stack_layers(x if name != "skip_input" or any(skip[t] for t in chosen) else None, chosen)
             for name, x in stacks.items()
