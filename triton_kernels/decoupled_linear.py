@@ -264,6 +264,21 @@ def upstream_of(upstream, layer, ACC: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    FINISH: tl.constexpr, to, layer, rows, columns, n_rows, n_columns, gradient, PARTS: tl.constexpr
+):  # fmt: skip
+    """FINISH with a tile of a gradient, in PARTS of its rows one after the other."""
+    if PARTS > 1:
+        first, last = halves(gradient)
+        start = tl.min(rows, 0) + tl.arange(0, first.shape[0])
+        finish(FINISH, to, layer, start, columns, n_rows, n_columns, first, PARTS // 2)
+        start += first.shape[0]
+        finish(FINISH, to, layer, start, columns, n_rows, n_columns, last, PARTS // 2)
+    else:
+        FINISH(to, layer, rows, columns, (rows < n_rows)[:, None] & (columns < n_columns)[None, :], gradient)
+
+
+@triton.jit
 def weight_tile(
     z,
     delta,
@@ -277,6 +292,7 @@ def weight_tile(
     FINISH: tl.constexpr,
     PHI: tl.constexpr,
     WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -288,8 +304,7 @@ def weight_tile(
         IDENTITY, PHI, True, False, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
     scale = tl.load(numbers + 5 * layer + 2) * upstream_of(upstream, layer, how.accumulated)
-    mask = (rows < d_out)[:, None] & (columns < size_of(z, n_samples, d_in, True))[None, :]
-    FINISH(to, layer, rows, columns, mask, products * scale)
+    finish(FINISH, to, layer, rows, columns, d_out, size_of(z, n_samples, d_in, True), products * scale, PARTS)
 
 
 @triton.jit
@@ -323,6 +338,7 @@ def parameter_gradient_kernel(
     FINISH: tl.constexpr,
     PHI: tl.constexpr,
     WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -332,7 +348,7 @@ def parameter_gradient_kernel(
         if of_weight is not None:
             weight_tile(
                 z, delta, upstream, of_weight, numbers, n_samples, d_in, d_out, how,
-                FINISH, PHI, WIDE, BLOCK_M, BLOCK_N, BLOCK_K
+                FINISH, PHI, WIDE, PARTS, BLOCK_M, BLOCK_N, BLOCK_K
             )  # fmt: skip
     elif of_bias is not None:
         program = tl.program_id(0) - weight_programs
@@ -647,6 +663,7 @@ def decoupled_linear_backward(
                 d_out,
                 how,
                 FINISH=store_gradient,
+                PARTS=tiles.parts,
                 **shared,
                 **_launch_options(tiles, d_in, d_out, of_z, of_weight, of_delta),
             )
