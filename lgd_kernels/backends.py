@@ -3,12 +3,14 @@
     backend      device   what it is
     cpp          cpu      the compiled extension `_C`: AVX-512, AVX2 or scalar code, chosen at run time
     cuda         cuda     CUDA C++ in the same extension, where it was built with nvcc: every softmax_infogain op
-    triton       cuda     `triton_kernels/`: every softmax_infogain op; on any compute capability from 8.0 on
+    triton       cuda     `triton_kernels/`: every softmax_infogain op, local_residual, decoupled_linear and its
+                          backward; on any compute capability from 8.0 on
     reference    any      plain PyTorch (`reference.py`): right, slow, always there
 
 On the CPU the first one in this list that has the op answers. On a CUDA device the first row of this table that fits
-says which of the two is asked first; the other one answers for what that does not have, and then plain PyTorch. The
-rows come from counting the bytes that each has to move; on a GPU nothing has been measured yet.
+says which of the two is asked first; the other one answers for what that does not have, and then plain PyTorch. So
+Triton answers for layers, and plain PyTorch for decoupled_step_. The rows come from counting the bytes that each has to
+move; on a GPU nothing has been measured yet.
 
     op                                  logits                          first    because
     softmax_infogain_backward_matrix    any                             triton   `cuda` reads all labels for each 32
@@ -47,6 +49,7 @@ from torch import Tensor
 from lgd_kernels import reference
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
+_TRITON_MODULES = ("softmax_infogain", "local_residual", "decoupled_linear")
 CHECK_LABELS = os.environ.get("LGD_CHECK_LABELS", "0") != "0"
 _HOW_TO_BUILD = "to get the fast kernels, install g++ and ninja and run `make install` (or `pip install .`) again"
 _HOW_TO_BUILD_CUDA = "install nvcc and a torch with CUDA and run `pip install --no-build-isolation .` again"
@@ -61,13 +64,14 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def _load_triton() -> tuple[ModuleType | None, str]:
-    """(the Triton kernels of softmax_infogain or None, why they are missing). Not before they are needed: to import
+def _load_triton() -> tuple[dict[str, ModuleType], str]:
+    """(the modules of Triton kernels by the ops they have, why there are none). Not before they are needed: to import
     Triton takes longer than everything else here."""
     try:
-        return importlib.import_module("lgd_kernels.triton_kernels.softmax_infogain"), ""
+        modules = [importlib.import_module(f"lgd_kernels.triton_kernels.{name}") for name in _TRITON_MODULES]
     except ImportError as error:
-        return None, str(error)
+        return {}, str(error)
+    return {op: module for module in modules for op in module.OPS}, ""
 
 
 @functools.cache
@@ -90,7 +94,7 @@ def _checked_name(name: str, where: str) -> str:
         raise RuntimeError(f"{where}: backend 'cpp' is not built ({_missing_because}); {_HOW_TO_BUILD}")
     if name == "cuda" and not _cuda_ops():
         raise RuntimeError(f"{where}: backend 'cuda' is not built; {_HOW_TO_BUILD_CUDA}")
-    if name == "triton" and _load_triton()[0] is None:
+    if name == "triton" and not _load_triton()[0]:
         raise RuntimeError(
             f"{where}: backend 'triton' is not there ({_load_triton()[1]}); install it: pip install triton"
         )
@@ -142,8 +146,7 @@ def _kernels(name: str, op: str, device_type: str) -> ModuleType | None:
     if name == {"cpu": "cpp", "cuda": "cuda"}.get(device_type):
         return extension if has_kernel(op, device_type) else None
     if name == "triton" and _runs_triton(device_type):
-        kernels, _ = _load_triton()
-        return kernels if kernels is not None and op in kernels.OPS else None
+        return _load_triton()[0].get(op)
     return None
 
 
@@ -179,7 +182,7 @@ def describe() -> str:
         lines.append(f"this CPU runs       {extension.cpu_capability()}, {torch.get_num_threads()} threads")
     lines.append(f"CUDA kernels        {_about_cuda_kernels()}")
     kernels, missing_because = _load_triton()
-    lines.append(f"Triton              {'yes' if kernels is not None else f'no: {missing_because}'}")
+    lines.append(f"Triton              {'yes' if kernels else f'no: {missing_because}'}")
     lines.append(f"CUDA device         {_about_cuda_device()}")
     lines += ["", f"{'op':36}{'cpu':12}cuda"]
     for op in ops.names():

@@ -1,14 +1,42 @@
-"""A pytest plugin (`-p interpreter_plugin`) that runs the tests of softmax_infogain on the Triton kernels, in Triton's
-interpreter (TRITON_INTERPRET=1): thinned, and with `--tiles=small` on tiles so small that most rows take several."""
+"""A pytest plugin (`-p interpreter_plugin`) that runs the tests of ops on the Triton kernels, in Triton's interpreter
+(TRITON_INTERPRET=1): thinned, and with `--tiles=small` on tiles so small that most rows or layers take several.
+
+`in_the_interpreter` starts a process for it."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 
 from tools.gates.pytest_plugin import keep_only, parameters, thinned
 
+HERE = Path(__file__).parent
 _OF_COMPILED_CODE = {"compiled", "threads"}  # fixtures
-_MINUTES_LONG = ("special_long_rows", "40000-columns", "many_threads")
+_WITH_THEIR_BACKEND = ("test_local_residual.py", "test_decoupled_linear.py")  # other tests in them are on the CPU's
+_TOO_LONG = (
+    "special_long_rows",
+    "40000-columns",
+    "many_threads",
+    "(200, 130, 140)",
+    "(130, 70, 33)",
+    "(64, 64, 64)",
+    "bit_for_bit[triton-sizes1",
+    "bit_for_bit[triton-sizes2",
+    "1030",
+)
+# what the interpreter cannot show, or follows from what other tests show of the same kernels
+_SAYS_NOTHING_NEW = (
+    "twice_the_same_bits",
+    "width_zero_after_other_layers",
+    "backpropagation_is_the_equilibrium",
+    "test_decoupled_linear.py::test_nan_goes_through",
+)
 # what a kernel does with the tiles of a row; the other tests are about what surrounds it
 _ABOUT_TILES = (
     "loss_and_gradient",
@@ -24,6 +52,22 @@ _ABOUT_TILES = (
 _MOST_CLASSES_IN_SMALL_TILES = 64
 
 
+def in_the_interpreter(*arguments: str) -> None:
+    """Run pytest in a process of its own, because a process either interprets or compiles; fail with its output."""
+    options = ["-p", "interpreter_plugin", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore::RuntimeWarning"]
+    files = [HERE / argument if argument.endswith(".py") else argument for argument in arguments]
+    completed = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=HERE.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if completed.returncode != 0:
+        pytest.fail(completed.stdout, pytrace=False)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("interpreter")
     group.addoption("--tiles", choices=("small", "as-launched"), default="as-launched")
@@ -33,14 +77,38 @@ def pytest_configure(config: pytest.Config) -> None:
     from lgd_kernels.triton_kernels import common, softmax_infogain
 
     assert common.INTERPRETED
+    _round_to_bfloat16()
     if config.getoption("tiles") == "small":
         small = common.Tiles(rows=4, classes=16, whole=False, num_warps=1)
         softmax_infogain.tiles_for = lambda *args: small
 
 
+def _round_to_bfloat16() -> None:
+    """As GPUs do: Triton 3.6's interpreter cuts the last bits of float32 off, and takes bits for numbers in float64."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dtypes = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
+    before = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self, source, to):
+        of, dtype = source.dtype.scalar, to.scalar
+        if tl.bfloat16 not in (of, dtype) or not (of.is_floating() and dtype.is_floating()) or of == dtype:
+            return before(self, source, to)
+        values = torch.from_numpy(np.array(source.data))  # a copy: it may not be writable
+        if of == tl.bfloat16:
+            made = values.view(torch.bfloat16).to(dtypes[dtype])
+        else:
+            made = values.to(torch.bfloat16).view(torch.uint16)
+        return interpreter.TensorHandle(made.numpy(), dtype)
+
+    interpreter.InterpreterBuilder.cast_impl = cast
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = [item for item in items if not _OF_COMPILED_CODE & set(item.fixturenames)]
-    chosen = [item for item in chosen if not any(part in item.nodeid for part in _MINUTES_LONG)]
+    chosen = [item for item in chosen if not any(part in item.nodeid for part in _TOO_LONG + _SAYS_NOTHING_NEW)]
+    chosen = [x for x in chosen if x.path.name not in _WITH_THEIR_BACKEND or "backend" in x.fixturenames]
     if config.getoption("tiles") == "small":
         chosen = [item for item in chosen if any(part in item.nodeid for part in _ABOUT_TILES)]
         chosen = [item for item in chosen if parameters(item).get("C", 0) <= _MOST_CLASSES_IN_SMALL_TILES]

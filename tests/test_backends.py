@@ -13,6 +13,7 @@ import torch
 from lgd_kernels import backends, ops
 
 SERVED = frozenset(name for name in ops.names() if name.startswith("softmax_infogain")) | {"count_labels"}
+LAYER_OPS = {"local_residual", "decoupled_linear", "decoupled_linear_backward"}  # of which Triton has kernels
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built")
 pytestmark = needs_extension
 
@@ -59,7 +60,7 @@ def test_triton_answers_the_rest(cuda_kernels, triton_kernels):
 
 
 def test_the_other_one_answers_for_what_is_missing(cuda_kernels, triton_kernels, monkeypatch):
-    monkeypatch.setattr(backends, "_load_triton", lambda: (None, "no module named triton"))
+    monkeypatch.setattr(backends, "_load_triton", lambda: ({}, "no module named triton"))
     assert answers("softmax_infogain", logits(torch.float64)) is cuda_kernels
     monkeypatch.undo()
     assert answers("softmax_infogain", logits()) is (cuda_kernels if backends._cuda_ops() else triton_kernels)
@@ -79,8 +80,13 @@ def test_one_can_be_forced(cuda_kernels, triton_kernels):
 
 
 def test_what_has_no_kernel_is_plain_pytorch(cuda_kernels):
-    for name in set(ops.names()) - SERVED:
+    for name in set(ops.names()) - SERVED - LAYER_OPS:
         assert answers(name) is backends.reference
+
+
+def test_triton_answers_for_layers(triton_kernels):
+    for name in LAYER_OPS:
+        assert answers(name).OPS and name in answers(name).OPS
 
 
 def test_what_is_not_built_cannot_be_forced(monkeypatch):

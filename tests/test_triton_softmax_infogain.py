@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter_plugin import in_the_interpreter
 
 from lgd_kernels import backends, ops
 from tools.gates.triton_ahead_of_time import Variant, compile_variant
@@ -26,18 +27,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_in_the_interpreter(group):
-    files = [HERE / argument if argument.endswith(".py") else argument for argument in GROUPS[group]]
-    options = ["-p", "interpreter_plugin", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore::RuntimeWarning"]
-    completed = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=HERE.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if completed.returncode != 0:
-        pytest.fail(completed.stdout, pytrace=False)
+    in_the_interpreter(*GROUPS[group])
 
 
 @pytest.mark.parametrize(
@@ -90,14 +80,15 @@ def test_a_float64_z_loss_stays_one():
 
 
 def test_which_ops_it_serves():
-    from lgd_kernels.triton_kernels import softmax_infogain
+    from lgd_kernels.triton_kernels import decoupled_linear, local_residual, softmax_infogain
 
-    wanted = [name for name in ops.names() if name.startswith("softmax_infogain")] + ["count_labels"]
+    wanted = {name: softmax_infogain for name in ops.names() if name.startswith("softmax_infogain")}
+    wanted |= {"count_labels": softmax_infogain, "local_residual": local_residual}
+    wanted |= dict.fromkeys(("decoupled_linear", "decoupled_linear_backward"), decoupled_linear)
     for name in ops.names():
         for forced in ("auto", "triton"):
             with backends.force(forced):
-                on_cuda = backends.implementation(name, "cuda")
-                assert on_cuda is (softmax_infogain if name in wanted else backends.reference)
+                assert backends.implementation(name, "cuda") is wanted.get(name, backends.reference)
         with backends.force("triton"):  # CPU tensors only in the interpreter
             assert backends.implementation(name, "cpu") is backends.reference
         with backends.force("reference"):

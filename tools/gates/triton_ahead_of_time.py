@@ -1,4 +1,5 @@
-"""The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory, 16-byte loads and stores.
+"""The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory, 16-byte loads and stores,
+instructions of tensor cores. Those of the layer ops are in triton_layers.py.
 
 A kernel is compiled for what its op would launch: the op runs on meta tensors, its launches are recorded instead of
 done, and Triton specializes on their arguments as it would on a device. What comes out is compared with
@@ -7,7 +8,6 @@ done, and Triton specializes on their arguments as it would on a device. What co
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.gates.common import GateError, run
+from tools.gates.triton_launches import recorded
+from tools.gates.triton_layers import LayerVariant, layer_variants
 
 BUDGET = Path(__file__).with_name("triton_budget.json")
 ARCHITECTURES = (80, 90, 100)
@@ -38,6 +40,7 @@ SHAPES = {
     "twice_columns": (8, 4096, 1024),
 }
 _WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*, 0x10")
+_TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 _WIDE_STORE = re.compile(r"st\.global\S*\.(v4\.b32|v2\.b64)")
 
 
@@ -54,6 +57,25 @@ class Variant(NamedTuple):
     def name(self) -> str:
         return f"{self.op} {self.kind} {self.dtype} {self.shape} sm_{self.architecture}"
 
+    def launch(self) -> tuple:
+        """(kernel, arguments, options) of the last kernel that the op launches."""
+        from lgd_kernels.triton_kernels import softmax_infogain as module
+
+        with recorded(self.architecture, module) as launches:
+            _call(self)(module)
+        return launches[-1]
+
+    def complaints(self, report: Report) -> Iterator[str]:
+        """What is wrong with a kernel that does not spill and is within its budget."""
+        if SHAPES[self.shape][2] == 1 and self.shape != "short" and self.op != "backward_matrix":
+            if not report.wide_loads:
+                yield "no load of 16 bytes"
+            if self.op != "loss" and not report.wide_stores:
+                yield "no store of 16 bytes"
+
+
+AnyVariant = Variant | LayerVariant
+
 
 class Report(NamedTuple):
     """What the compiler made of a kernel; bytes."""
@@ -64,9 +86,10 @@ class Report(NamedTuple):
     threads: int
     wide_loads: int
     wide_stores: int
+    tensor_cores: str  # the instruction that multiplies matrices
 
 
-def variants() -> list[Variant]:
+def variants() -> list[AnyVariant]:
     """What the gate compiles: for every architecture the gradient with every kind of H and dtype, and every op on every
     shape; more combinations for one architecture."""
     every, shapes = itertools.product(ARCHITECTURES, KINDS, DTYPES), itertools.product(ARCHITECTURES, OPS, SHAPES)
@@ -77,7 +100,8 @@ def variants() -> list[Variant]:
     chosen += [Variant("double_backward", kind, dtype, "row", 90) for kind, dtype in itertools.product(KINDS, DTYPES)]
     chosen += [Variant("everything", kind, "float32", "row", 90) for kind in KINDS]
     chosen += [Variant("backward_matrix", "dense_float32", dtype, "row", 90) for dtype in DTYPES]
-    return list(dict.fromkeys(v for v in chosen if not (v.kind.startswith("dense") and SHAPES[v.shape][1] > 2**16)))
+    chosen = [v for v in chosen if not (v.kind.startswith("dense") and SHAPES[v.shape][1] > 2**16)]
+    return list(dict.fromkeys([*chosen, *layer_variants()]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,30 +156,13 @@ def _call(variant: Variant) -> Callable[[Any], object]:
     }[variant.op]
 
 
-@contextlib.contextmanager
-def _recorded(module: Any, architecture: int) -> Iterator[list[tuple]]:
-    """Within the block the launches of a module are listed instead of done, as for this architecture."""
-    launches: list[tuple] = []
-    before = module.launch, module.architecture_of
-    module.launch = lambda kernel, grid, like, *args, **options: launches.append((kernel, args, options))
-    module.architecture_of = lambda device: architecture
-    try:
-        yield launches
-    finally:
-        module.launch, module.architecture_of = before
-
-
-def compile_variant(variant: Variant) -> tuple[Report, str]:
-    """(what the compiler says, PTX) of the last kernel that the op launches."""
+def compile_variant(variant: AnyVariant) -> tuple[Report, str]:
+    """(what the compiler says, PTX)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from lgd_kernels.triton_kernels import softmax_infogain as module
-
-    with _recorded(module, variant.architecture) as launches:
-        _call(variant)(module)
-    kernel, args, options = launches[-1]
+    kernel, args, options = variant.launch()
     target = GPUTarget("cuda", variant.architecture, 32)
     backend = make_backend(target)
     bound, specialization, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
@@ -166,7 +173,8 @@ def compile_variant(variant: Variant) -> tuple[Report, str]:
     registers, stack = _resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     wide = (len(pattern.findall(ptx)) for pattern in (_WIDE_LOAD, _WIDE_STORE))
-    return Report(registers, stack, compiled.metadata.shared, 32 * chosen.num_warps, *wide), ptx
+    tensor_cores = next((name for name in _TENSOR_CORES if name in ptx), "")
+    return Report(registers, stack, compiled.metadata.shared, 32 * chosen.num_warps, *wide, tensor_cores), ptx
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -196,7 +204,7 @@ def triton_ahead_of_time() -> None:
     print(f"{len(found)} kernels within their budget, none spills")
 
 
-def _failures(variant: Variant, report: Report, budget: dict[str, list[int]]) -> Iterator[str]:
+def _failures(variant: AnyVariant, report: Report, budget: dict[str, list[int]]) -> Iterator[str]:
     if report.stack:
         yield f"{variant.name}: spills, {report.stack} bytes of stack"
     if variant.name not in budget:
@@ -208,14 +216,11 @@ def _failures(variant: Variant, report: Report, budget: dict[str, list[int]]) ->
             f"{variant.name}: {report.registers} registers and {report.shared} bytes of shared memory, budget "
             f"{registers} and {shared}"
         )
-    if SHAPES[variant.shape][2] == 1 and variant.shape != "short" and variant.op != "backward_matrix":
-        if not report.wide_loads:
-            yield f"{variant.name}: no load of 16 bytes"
-        if variant.op != "loss" and not report.wide_stores:
-            yield f"{variant.name}: no store of 16 bytes"
+    for complaint in variant.complaints(report):
+        yield f"{variant.name}: {complaint}"
 
 
-def _reports(chosen: list[Variant]) -> dict[Variant, Report]:
+def _reports(chosen: list[AnyVariant]) -> dict[AnyVariant, Report]:
     """What the compiler says of each, by as many processes as there are cores; the cache of other runs is not used."""
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -228,7 +233,7 @@ def _use_cache(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = folder
 
 
-def _report_of(variant: Variant) -> Report:
+def _report_of(variant: AnyVariant) -> Report:
     try:
         return compile_variant(variant)[0]
     except Exception as error:

@@ -1,0 +1,122 @@
+"""The kernels of the layer ops that the gate compiles: all of them, for every tile that their table has."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from tools.gates.triton_launches import recorded
+
+if TYPE_CHECKING:
+    from tools.gates.triton_ahead_of_time import Report
+
+ARCHITECTURES = (80, 90, 100)
+LAYERS = 8
+# dtypes of z and of the weights; float32 with and without tensor cores
+PRECISIONS = {
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "float16": ("float16", "float16"),
+    "autocast": ("float32", "bfloat16"),
+    "tf32": ("float32", "float32"),
+    "float32": ("float32", "float32"),
+    "float64": ("float64", "float64"),
+}
+# n, d: every tile of the table, and what is not aligned
+SIZES = {
+    "32": (64, 32),
+    "64": (64, 64),
+    "128": (64, 128),
+    "tall_32": (512, 32),
+    "tall_64": (512, 64),
+    "tall": (512, 512),
+    "uneven": (77, 77),
+}
+KERNELS = ("forward", "forward_pre", "input_gradient", "parameter_gradient")
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block has; 80: on 8.6 and 8.9 too
+
+
+class LayerVariant(NamedTuple):
+    """One kernel to compile."""
+
+    kernel: str
+    precision: str
+    size: str
+    architecture: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.precision} {self.size} sm_{self.architecture}"
+
+    def launch(self) -> tuple:
+        """(kernel, arguments, options)."""
+        return _residual_launch(self) if self.kernel == "local_residual" else _linear_launch(self)
+
+    def complaints(self, report: Report) -> Iterator[str]:
+        """What is wrong with a kernel that does not spill and is within its budget."""
+        if report.shared > SHARED_MEMORY[self.architecture]:
+            yield f"{report.shared} bytes of shared memory"
+        if self.size != "uneven" and not report.wide_loads:
+            yield "no load of 16 bytes"
+        if self.size != "uneven" and not report.wide_stores:
+            yield "no store of 16 bytes"
+        planned = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.architecture]
+        if self.precision in ("bfloat16", "float16") and self.kernel in KERNELS and report.tensor_cores != planned:
+            yield f"multiplies by {report.tensor_cores or 'scalars'}, not by {planned}"
+
+
+def layer_variants() -> list[LayerVariant]:
+    """local_residual on contiguous layers, on rows that lie apart and on uneven ones; the products with every tile in
+    bfloat16 and float32, and with the largest in the dtypes that are like these or have but one."""
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    of_residual = itertools.product(["local_residual"], dtypes, ("tall", "apart", "uneven"))
+    of_products = itertools.product(KERNELS, ("bfloat16", "tf32"), SIZES)
+    others = itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
+    every = [*of_residual, *of_products, *others]
+    return [LayerVariant(*variant, architecture) for variant in every for architecture in ARCHITECTURES]
+
+
+def _residual_launch(variant: LayerVariant) -> tuple:
+    import torch
+
+    from lgd_kernels.triton_kernels import layers
+    from lgd_kernels.triton_kernels import local_residual as module
+    from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
+
+    n, d = SIZES["uneven" if variant.size == "uneven" else "tall"]
+    tensors = list(torch.empty(4, LAYERS, n, d, dtype=getattr(torch, variant.precision), device="meta"))
+    if variant.size == "apart":
+        tensors[1] = torch.empty(LAYERS, n, 2 * d, dtype=tensors[0].dtype, device="meta")[..., :d]
+    numbers = [[1.0] * LAYERS] * 3
+    with recorded(variant.architecture, module, layers) as launches:
+        module.local_residual(*tensors, [GELU_TANH.value] * LAYERS, HUBER.value, 1.0, *numbers, True, True)
+    return launches[0]
+
+
+def _linear_launch(variant: LayerVariant) -> tuple:
+    import torch
+
+    from lgd_kernels.triton_kernels import decoupled_linear as module
+    from lgd_kernels.triton_kernels import layers
+    from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
+
+    (n, d), (dtype, of_weight) = SIZES[variant.size], (getattr(torch, name) for name in PRECISIONS[variant.precision])
+    z, target, multiplier = torch.empty(3, LAYERS, n, d, dtype=dtype, device="meta")
+    weight = torch.empty(LAYERS, d, d, dtype=of_weight, device="meta")
+    one, activation, yes = [1.0] * LAYERS, [GELU_TANH.value] * LAYERS, [True]
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32" if variant.precision == "tf32" else "ieee"
+    with recorded(variant.architecture, module, layers) as launches:
+        if variant.kernel.startswith("forward"):
+            given = [z], [weight], [weight[:, 0]], [target], [multiplier], activation, variant.kernel == "forward_pre"
+            module.decoupled_linear(*given, HUBER.value, 1.0, one, one, one, one, yes, yes)
+        else:
+            upstream = torch.empty(
+                LAYERS, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta"
+            )
+            given = [z], [weight], [target], [target], [target], upstream, activation, True
+            module.decoupled_linear_backward(*given, one, one, yes, yes, yes, [False], [False])
+    switch.fp32_precision = before
+    kernels = {"input_gradient": "input_gradient_kernel", "parameter_gradient": "parameter_gradient_kernel"}
+    name = kernels.get(variant.kernel, "forward_kernel")
+    return next(launch for launch in launches if launch[0].__name__ == name)
