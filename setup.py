@@ -98,6 +98,11 @@ def why_no_cuda() -> str | None:
 class BuildWithVectorCode(BuildExtension):
     """BuildExtension that first compiles the vector sources, once per instruction set."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if ROOT not in Path(self.build_temp).resolve().parents:  # pip's, which it deletes: all would be compiled again
+            self.build_temp = str(ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+
     def build_extensions(self) -> None:
         for extension in self.extensions:
             # DEFAULT first: where two objects define the same inline function, the linker keeps the first

@@ -11,6 +11,7 @@ from tools.gates.triton_ahead_of_time import compile_variant
 from tools.gates.triton_layers import LayerVariant
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.cpu
 
 
 def test_in_the_interpreter():
