@@ -83,19 +83,13 @@ def find_cuobjdump() -> str:
 
 
 def _check_glue(nvcc: Path) -> None:
-    """Let g++ read the glue with the headers beside nvcc. Raises GateError for what it would not compile."""
+    """Compile the glue for CUDA, by way of nvcc, which knows where its headers are. Raises GateError if that fails."""
     from torch.utils.cpp_extension import include_paths
 
     # a torch without CUDA lacks one generated header, and does without if it is told so
-    command = [
-        os.environ.get("CXX", "g++"),
-        "-std=c++20",
-        "-Wall",
-        "-fsyntax-only",
-        "-DC10_USING_CUSTOM_GENERATED_MACROS",
-    ]
-    command += [f"-I{path}" for path in [*include_paths("cpu"), nvcc.resolve().parents[1] / "include"]]
-    run([*command, ROOT / GLUE], GLUE)
+    command = [nvcc, "-x", "c++", "-std=c++20", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
+    command += [f"-I{path}" for path in include_paths("cpu")]
+    run([*command, "-c", ROOT / GLUE, "-o", WORK / "glue.o"], GLUE)
     print(f"{GLUE}: compiles")
 
 
