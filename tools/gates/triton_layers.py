@@ -67,13 +67,13 @@ class LayerVariant(NamedTuple):
 
 def layer_variants() -> list[LayerVariant]:
     """local_residual on contiguous layers, on rows that lie apart and on uneven ones; the products with every tile in
-    bfloat16 and float32, and with the largest in the dtypes that are like these or have but one."""
+    bfloat16 and float32, and for one architecture the largest in the dtypes that are like these or have but one."""
     dtypes = ("float32", "bfloat16", "float16", "float64")
     of_residual = itertools.product(["local_residual"], dtypes, ("tall", "apart", "uneven"))
     of_products = itertools.product(KERNELS, ("bfloat16", "tf32"), SIZES)
     others = itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
-    every = [*of_residual, *of_products, *others]
-    return [LayerVariant(*variant, architecture) for variant in every for architecture in ARCHITECTURES]
+    everywhere = itertools.product([*of_residual, *of_products], ARCHITECTURES)
+    return [LayerVariant(*variant, architecture) for variant, architecture in [*everywhere, *((v, 90) for v in others)]]
 
 
 def _residual_launch(variant: LayerVariant) -> tuple:
