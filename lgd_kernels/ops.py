@@ -357,13 +357,11 @@ def _check_csr(crow: Tensor, col: Tensor, n_classes: int) -> None:
         raise ValueError("matrix: col_indices must be sorted and distinct within each row")
 
 
-def _check_labels_in_range(labels: Tensor, ignore_index: int, n_classes: int) -> None:
-    check_labels_of_reference(labels, ignore_index, n_classes, wait_for_device=True)
-
-
 check_finite = _define_check("check_finite", "(Tensor tensor, str name) -> ()", _check_finite)
 check_not_negative = _define_check("check_not_negative", "(Tensor tensor, str name) -> ()", _check_not_negative)
 check_csr = _define_check("check_csr", "(Tensor crow, Tensor col, int n_classes) -> ()", _check_csr)
 check_labels = _define_check(
-    "check_labels", "(Tensor labels, int ignore_index, int n_classes) -> ()", _check_labels_in_range
+    "check_labels",
+    "(Tensor labels, int ignore_index, int n_classes) -> ()",
+    functools.partial(check_labels_of_reference, wait_for_device=True),
 )
