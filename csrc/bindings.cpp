@@ -24,7 +24,7 @@ auto decoupled_step_(
     bool squared_error, const std::vector<int64_t>& activation, bool preactivation, int64_t hidden_loss, double kappa,
     const std::vector<double>& rho, const std::vector<double>& skip, const std::vector<double>& branch_scale,
     int64_t steps, double step_size, double z_momentum, double dual_step, int64_t update_rule,
-    const std::vector<double>& update_numbers) {
+    const at::Tensor& update_numbers) {
   py::gil_scoped_release release;
   return lgd::decoupled_step_(
       {x,

@@ -1,7 +1,7 @@
 """Fused kernels for the softmax-with-infogain loss and for layer-wise gradient decoupling."""
 
 from lgd_kernels.backends import show_backends
-from lgd_kernels.decoupled import decoupled_step_
+from lgd_kernels.decoupled import capture_step, decoupled_step_
 from lgd_kernels.infogain import Infogain
 from lgd_kernels.losses import SoftmaxInfogainLoss, decoupled_linear_loss, local_residual_loss, softmax_infogain_loss
 
@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Infogain",
     "SoftmaxInfogainLoss",
+    "capture_step",
     "decoupled_linear_loss",
     "decoupled_step_",
     "local_residual_loss",

@@ -4,12 +4,12 @@
     cpp          cpu      the compiled extension `_C`: AVX-512, AVX2 or scalar code, chosen at run time
     cuda         cuda     CUDA C++ in the same extension, where it was built with nvcc: every softmax_infogain op
     triton       cuda     `triton_kernels/`: every softmax_infogain op, local_residual, decoupled_linear and its
-                          backward; on any compute capability from 8.0 on
+                          backward, decoupled_step_; on any compute capability from 8.0 on
     reference    any      plain PyTorch (`reference.py`): right, slow, always there
 
 On the CPU the first one in this list that has the op answers. On a CUDA device the first row of this table that fits
 says which of the two is asked first; the other one answers for what that does not have, and then plain PyTorch. So
-Triton answers for layers, and plain PyTorch for decoupled_step_. The rows come from counting the bytes that each has to
+Triton answers for layers. The rows come from counting the bytes that each has to
 move; on a GPU nothing has been measured yet.
 
     op                                  logits                          first    because
@@ -49,7 +49,7 @@ from torch import Tensor
 from lgd_kernels import reference
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
-_TRITON_MODULES = ("softmax_infogain", "local_residual", "decoupled_linear")
+_TRITON_MODULES = ("softmax_infogain", "local_residual", "decoupled_linear", "decoupled_step")
 CHECK_LABELS = os.environ.get("LGD_CHECK_LABELS", "0") != "0"
 _HOW_TO_BUILD = "to get the fast kernels, install g++ and ninja and run `make install` (or `pip install .`) again"
 _HOW_TO_BUILD_CUDA = "install nvcc and a torch with CUDA and run `pip install --no-build-isolation .` again"

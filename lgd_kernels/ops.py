@@ -306,7 +306,7 @@ _define(
     "Tensor? matrix, Tensor? background, Tensor? diagonal, Tensor? crow, Tensor? col, Tensor? values, "
     "int ignore_index, bool squared_error, int[] activation, bool preactivation, int hidden_loss, float kappa, "
     "float[] rho, float[] skip, float[] branch_scale, int steps, float step_size, float z_momentum, float dual_step, "
-    "int update_rule, float[] update_numbers) -> Tensor",
+    "int update_rule, Tensor update_numbers) -> Tensor",
     lambda x, *rest: x.new_empty(sum(w.shape[0] for w in rest[4]), dtype=accumulation_dtype(x.dtype)),
 )
 

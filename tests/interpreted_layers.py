@@ -12,7 +12,7 @@ from cases import dtype_name
 
 from lgd_kernels import reference
 from lgd_kernels.triton_kernels import decoupled_linear as linear_kernels
-from lgd_kernels.triton_kernels import layers
+from lgd_kernels.triton_kernels import layers, linear_launches, linear_tiles
 from lgd_kernels.triton_kernels import local_residual as residual_kernels
 from lgd_kernels.triton_kernels.activations import activated, hidden_loss
 
@@ -150,7 +150,7 @@ def test_local_residual_refuses_wrong_shapes():
 # decoupled_linear
 # ---------------------------------------------------------------------------------------------------------------------
 
-SMALL = linear_kernels.LinearTiles(rows=16, columns=16, depth=16, parts=2, num_warps=1, num_stages=1, registers=255)
+SMALL = linear_tiles.LinearTiles(rows=16, columns=16, depth=16, parts=2, num_warps=1, num_stages=1, registers=255)
 by_preactivation = pytest.mark.parametrize("preactivation", [False, True], ids=["post", "pre"])
 
 
@@ -182,7 +182,7 @@ def run_linear(module, lists, activation, numbers, preactivation):
 @pytest.mark.parametrize("sizes", [(1, 37, 17, 17), (1, 40, 19, 35), (2, 5, 40, 3)], ids=str)
 def test_decoupled_linear_in_several_tiles(sizes, preactivation, monkeypatch):
     """Of which the last ones are not full, with an epilogue in parts."""
-    monkeypatch.setattr(linear_kernels, "linear_tiles", lambda *_: SMALL)
+    monkeypatch.setattr(linear_launches, "linear_tiles", lambda *_: SMALL)
     arguments = (*linear_arguments(sizes), preactivation)
     assert_close(run_linear(linear_kernels, *arguments), run_linear(reference, *arguments))
 
@@ -206,7 +206,7 @@ def test_decoupled_linear_with_tiles_as_on_tensor_cores(dtype, weight_dtype):
 
 def test_a_stack_equals_its_layers_in_several_tiles(monkeypatch):
     """Bit for bit: a stack, a list of single layers, and one layer alone."""
-    monkeypatch.setattr(linear_kernels, "linear_tiles", lambda *_: SMALL)
+    monkeypatch.setattr(linear_launches, "linear_tiles", lambda *_: SMALL)
     lists, activation, numbers = linear_arguments((3, 17, 5, 5))
     activation = [2, 6, 2]
     stack = run_linear(linear_kernels, lists, activation, numbers, True)
@@ -222,7 +222,7 @@ def test_a_stack_equals_its_layers_in_several_tiles(monkeypatch):
 def test_launches_do_not_depend_on_the_number_of_layers(monkeypatch):
     """Stacks and lists of equal layers; layers of other shapes and other activations have launches of their own."""
     seen = []
-    for module in (linear_kernels, layers):
+    for module in (linear_launches, layers):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: seen.append(kernel))
 
     def launches(sizes, n_activations=1, as_list=False):
@@ -232,15 +232,15 @@ def test_launches_do_not_depend_on_the_number_of_layers(monkeypatch):
         run_linear(linear_kernels, lists, [t % n_activations for t in range(len(activation))], numbers, True)
         return len(seen)
 
-    assert {launches((T, 3, 4, 4), as_list=as_list) for T in (1, 2, 40) for as_list in (False, True)} == {4}
-    assert launches((40, 3, 4, 4), n_activations=2) == 8
+    assert {launches((T, 3, 4, 4), as_list=as_list) for T in (1, 2, 40) for as_list in (False, True)} == {5}
+    assert launches((40, 3, 4, 4), n_activations=2) == 10
 
 
 def test_decoupled_linear_with_64_bit_offsets(monkeypatch):
     """The specialization for layers of more than 2^31 elements, on small ones."""
     arguments = (*linear_arguments((2, 37, 21, 21)), True)
     narrow = run_linear(linear_kernels, *arguments)
-    monkeypatch.setattr(linear_kernels, "INT32_MAX", 2**20)
+    monkeypatch.setattr(linear_launches, "INT32_MAX", 2**20)
     assert all(map(torch.equal, run_linear(linear_kernels, *arguments), narrow))
 
 
@@ -250,15 +250,15 @@ def test_decoupled_linear_refuses_wrong_shapes():
         wrong = [[x[0][:, :2]] if i == j else x for j, x in enumerate(lists)]
         with pytest.raises(ValueError, match="expected shape"):
             run_linear(linear_kernels, wrong, activation, numbers, True)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="activation: has 1 values, but there are 2 layers"):
         run_linear(linear_kernels, lists, activation[:1], numbers, True)
     with pytest.raises(ValueError, match="bias: has 2 stacks, but z has 1"):
         run_linear(linear_kernels, [*lists[:2], lists[2] * 2, *lists[3:]], activation, numbers, True)
 
 
 def test_linear_tiles_depend_on_one_layer():
-    tiles, T = linear_kernels.linear_tiles, linear_kernels.LinearTiles
-    assert tiles(1024, 1024, 2, "half", 90) == T(128, 128, 64, parts=8, num_warps=8, num_stages=3, registers=128)
+    tiles, T = linear_tiles.linear_tiles, linear_tiles.LinearTiles
+    assert tiles(1024, 1024, 2, "half", 90) == T(128, 128, 64, parts=8, num_warps=4, num_stages=3, registers=255)
     assert tiles(1024, 1024, 4, "tf32", 80) == T(128, 128, 16, parts=8, num_warps=8, num_stages=4, registers=168)
     assert tiles(64, 32, 2, "half", 90) == T(64, 32, 64, parts=2, num_warps=4, num_stages=3, registers=168)
     for rows, columns in ((0, 0), (1, 1), (64, 64), (65, 65), (5000, 5000)):
@@ -274,6 +274,6 @@ def test_float32_products_follow_torchs_switch():
     try:
         for setting, precision in (("ieee", "ieee"), ("tf32", "tf32")):
             switch.fp32_precision = setting
-            assert linear_kernels._precision(torch.float32) == precision
+            assert linear_tiles.precision_of(torch.float32) == precision
     finally:
         switch.fp32_precision = before

@@ -18,7 +18,8 @@ from tools.gates.pytest_plugin import keep_only, parameters, thinned
 
 HERE = Path(__file__).parent
 _OF_COMPILED_CODE = {"compiled", "threads"}  # fixtures
-_WITH_THEIR_BACKEND = ("test_local_residual.py", "test_decoupled_linear.py")  # other tests in them are on the CPU's
+_VISITS = "test_decoupled_step.py"
+_WITH_THEIR_BACKEND = ("test_local_residual.py", "test_decoupled_linear.py", _VISITS)  # others are on the CPU's
 _TOO_LONG = (
     "special_long_rows",
     "40000-columns",
@@ -29,6 +30,22 @@ _TOO_LONG = (
     "bit_for_bit[triton-sizes1",
     "bit_for_bit[triton-sizes2",
     "1030",
+)
+# a sample of the tests of a visit: all of them take minutes, and its kernels are those of decoupled_linear
+_OF_A_VISIT = (
+    "test_visits[",
+    "test_steps_and_optional_tensors",
+    "test_several_visits_with_an_optimizer",
+    "test_options_of_their_own",
+    "test_the_last_layer_of_a_squared_head",
+    "test_softmax_infogain_head",
+    "test_visits_in_16_bits",
+    "test_a_net_is_its_layers[triton-7",
+    "test_views_of_larger_stores[triton-1-float32-every_other_layer",
+    "test_no_samples",
+    "test_one_layer_has_no_hidden_values",
+    "test_width_zero",
+    "test_nan_of_one_sample",
 )
 # what the interpreter cannot show, or follows from what other tests show of the same kernels
 _SAYS_NOTHING_NEW = (
@@ -109,6 +126,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if not _OF_COMPILED_CODE & set(item.fixturenames)]
     chosen = [item for item in chosen if not any(part in item.nodeid for part in _TOO_LONG + _SAYS_NOTHING_NEW)]
     chosen = [x for x in chosen if x.path.name not in _WITH_THEIR_BACKEND or "backend" in x.fixturenames]
+    chosen = [x for x in chosen if x.path.name != _VISITS or any(part in x.nodeid for part in _OF_A_VISIT)]
     if config.getoption("tiles") == "small":
         chosen = [item for item in chosen if any(part in item.nodeid for part in _ABOUT_TILES)]
         chosen = [item for item in chosen if parameters(item).get("C", 0) <= _MOST_CLASSES_IN_SMALL_TILES]

@@ -1157,14 +1157,15 @@ def arguments_of_op(tensors, rule, head="softmax_infogain"):
     count = {"gradient": 1, "sgd": 0, "momentum": 1, "adam": 2}[rule]
     buffers = [[torch.zeros_like(p) for p in of if i < count] for of in (weight, bias) for i in range(2)]
     residual = [torch.zeros_like(v) for v in stacks("z", 2)]
-    numbers = list(reference.UpdateNumbers(lr=0.1, momentum=0.9, second_momentum=0.99, epsilon=1e-8))
+    row = reference.UpdateNumbers(lr=0.1, momentum=0.9, second_momentum=0.99, epsilon=1e-8)
+    numbers = torch.tensor([row] * (len(weight) + len(bias)), dtype=torch.float64)
     samples = [stacks(name, 2) for name in ("z", "multiplier", "velocity")]
     parts = lgd.Infogain.label_smoothing(0.1, 3).parts if head == "softmax_infogain" else (None,) * 6
     options = ([2, 2, 0], False, 1, 0.7, [1.0, 0.5, 1.0], [0.0, 1.0, 0.0], [1.0, 0.3, 1.0])
     return (
         *(tensors["x"], *samples, residual, weight, *buffers[:2], bias, *buffers[2:], tensors["target"], *parts),
         *(-100, head == "squared", *options, 2, 0.1, 0.5, 0.3),
-        *(reference.UPDATE_RULES.index(rule), numbers * (len(weight) + len(bias))),
+        *(reference.UPDATE_RULES.index(rule), numbers),
     )
 
 

@@ -15,12 +15,14 @@ pytestmark = pytest.mark.cpu
 
 
 def test_in_the_interpreter():
-    in_the_interpreter("test_local_residual.py", "test_decoupled_linear.py", "interpreted_layers.py")
+    in_the_interpreter(
+        "test_local_residual.py", "test_decoupled_linear.py", "test_decoupled_step.py", "interpreted_layers.py"
+    )
 
 
 @pytest.mark.parametrize(
     "variant",
-    [LayerVariant(kernel, "bfloat16", "tall", 90) for kernel in ("forward", "input_gradient", "parameter_gradient")],
+    [LayerVariant(kernel, "bfloat16", "tall", 90) for kernel in ("forward", "input_gradient", "weight_gradient")],
     ids=lambda variant: variant.name,
 )
 def test_compiled_ahead_of_time(variant):

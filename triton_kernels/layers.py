@@ -4,6 +4,7 @@ sum of a layer's energy."""
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from .activations import activated, hidden_loss
 from .common import alignment, launch, multiple
 
 BLOCK_P = tl.constexpr(1024)  # partial sums of an energy that are added at once
-_TABLES = 4096  # that are kept; a captured CUDA graph reads those it was captured with
+_TABLES = 4096  # that are kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,11 +40,26 @@ class Layers(NamedTuple):
     column: int
 
 
+def table(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values on the device. Kept, so that only the first call for them copies to the device; for ever, once a CUDA
+    graph has been captured that reads them."""
+    made = _table(values, dtype, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _in_graphs[id(made)] = made
+    return made
+
+
+_in_graphs: dict[int, Tensor] = {}
+
+
 @functools.lru_cache(_TABLES)
 def _table(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values on the device. Kept, so that only the first call for them copies to the device, and none does under a
-    CUDA graph that was captured after it."""
-    return torch.tensor(values, dtype=dtype, device=device)
+    return to_device(torch.tensor(values, dtype=dtype), device)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; the host does not wait for a copy."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 def _layers(first: Tensor, offsets: tuple[int, ...], apart: Sequence[int]) -> Layers:
@@ -59,7 +75,7 @@ def _layers(first: Tensor, offsets: tuple[int, ...], apart: Sequence[int]) -> La
         side_by_side = (1, 1, *first.shape)[-1 if row_major else -2]
         align = alignment(size, start // size, side_by_side, row if row_major else column, *apart)
     constants = (tl.constexpr(align), tl.constexpr(row_major))
-    return Layers(*constants, first, _table(offsets, torch.int64, first.device), row, column)
+    return Layers(*constants, first, table(offsets, torch.int64, first.device), row, column)
 
 
 def stack_layers(stack: Tensor | None, chosen: tuple[int, ...]) -> Layers | None:
@@ -78,6 +94,51 @@ def single_layers(tensors: Sequence[Tensor | None]) -> Layers | None:
     start, size = first.data_ptr(), first.element_size()
     offsets = tuple((x.data_ptr() - start) // size for x in tensors)
     return _layers(first, offsets, offsets)
+
+
+class LayerList:
+    """All layers of stacks (T_i, ...), in order, of which any may be chosen. An empty list has none of any."""
+
+    def __init__(self, stacks: Sequence[Tensor]):
+        self.stacks = stacks
+        self.places = [(i, position) for i, stack in enumerate(stacks) for position in range(len(stack))]
+        self._like = [(stack.shape[1:], stack.stride()[1:], stack.dtype) for stack in stacks]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def shape(self, t: int) -> tuple[int, ...]:
+        return self.stacks[self.places[t][0]].shape[1:]
+
+    def key(self, t: int) -> Hashable:
+        """What layers of one launch have in common."""
+        return self._like[self.places[t][0]] if self.places else None
+
+    def choose(self, chosen: Sequence[int]) -> Layers | None:
+        if not self.places:
+            return None
+        i, position = self.places[chosen[0]]
+        first = self.stacks[i][position]
+        start, size = first.data_ptr(), first.element_size()
+        addresses = (self._address(t) for t in chosen)
+        offsets = tuple((address - start) // size for address in addresses)
+        return _layers(first, offsets, offsets)
+
+    def _address(self, t: int) -> int:
+        i, position = self.places[t]
+        stack = self.stacks[i]
+        return stack.data_ptr() + position * stack.stride(0) * stack.element_size()
+
+
+def workspace(like: Tensor, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> LayerList:
+    """New layers of these shapes in one piece of memory, so that the distances between them are always the same."""
+    runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
+    sizes = [triton.cdiv(count * rows * columns, 128) * 128 for (rows, columns), count in runs]  # 128: aligned
+    memory, begin, stacks = like.new_empty(sum(sizes), dtype=dtype), 0, []
+    for ((rows, columns), count), size in zip(runs, sizes, strict=True):
+        stacks.append(memory[begin : begin + count * rows * columns].view(count, rows, columns))
+        begin += size
+    return LayerList(stacks)
 
 
 @dataclass(frozen=True)
@@ -115,9 +176,25 @@ def groups_of(lists: Sequence[Sequence[Tensor | None]], activation: Sequence[int
     return groups
 
 
-def numbers_of_layers(rows: Sequence[tuple[float, ...]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(L, 5): rho, skip, branch_scale, dual_step and kappa of every layer."""
-    return _table(tuple(rows), dtype, device)
+class LayerNumbers(NamedTuple):
+    """The numbers that the kernels read of a layer, in the order of the constants below."""
+
+    rho: float = 1.0
+    skip: float = 0.0
+    branch_scale: float = 1.0
+    dual_step: float = 0.0
+    kappa: float = 1.0
+    step_size: float = 0.0
+    z_momentum: float = 0.0
+
+
+RHO, SKIP, BRANCH_SCALE, DUAL_STEP, KAPPA, STEP_SIZE, Z_MOMENTUM = map(tl.constexpr, range(len(LayerNumbers._fields)))
+NUMBERS = tl.constexpr(len(LayerNumbers._fields))
+
+
+def numbers_of_layers(rows: Sequence[LayerNumbers], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(L, NUMBERS): those of every layer."""
+    return table(tuple(rows), dtype, device)
 
 
 def grouped(keys: Sequence[Hashable]) -> list[tuple[int, ...]]:
@@ -193,8 +270,8 @@ def judge(logits, io, numbers, layer, rows, columns, mask, ACTIVATION: tl.conste
     numbers: where those of the layer are. Every element of an input is read before the output of that place is written,
     so that both may be one tensor."""
     ACC: tl.constexpr = logits.dtype
-    rho, skip = tl.load(numbers), tl.load(numbers + 1)
-    dual_step, kappa = tl.load(numbers + 3), tl.load(numbers + 4)
+    rho, skip = tl.load(numbers + RHO), tl.load(numbers + SKIP)
+    dual_step, kappa = tl.load(numbers + DUAL_STEP), tl.load(numbers + KAPPA)
     f, slope = activated(logits, ACTIVATION)
     x = load_layers(io.skip_input, layer, rows, columns, mask, ACC)
     if x is not None:
@@ -209,6 +286,7 @@ def judge(logits, io, numbers, layer, rows, columns, mask, ACTIVATION: tl.conste
     else:
         multiplier = change
         energy = rho * loss + tl.where(dual_step == 0, 0, multiplier * e)
+    store_layers(io.updated, layer, rows, columns, mask, multiplier)
     q = rho * pull + multiplier
     store_layers(io.residual, layer, rows, columns, mask, e)
     store_layers(io.q, layer, rows, columns, mask, q)
@@ -219,12 +297,14 @@ def judge(logits, io, numbers, layer, rows, columns, mask, ACTIVATION: tl.conste
 class ResidualIo(NamedTuple):
     """What stands around the raw logits of layers; None for what is absent or not wanted."""
 
-    target: Layers
-    multiplier: Layers | None
-    skip_input: Layers | None
-    residual: Layers | None
-    delta: Layers | None
-    q: Layers | None
+    target: Layers | None = None
+    multiplier: Layers | None = None
+    skip_input: Layers | None = None
+    residual: Layers | None = None
+    delta: Layers | None = None
+    q: Layers | None = None
+    updated: Layers | None = None  # the multipliers after their step; may be `multiplier`
+    logits: Layers | None = None  # the raw logits themselves: then nothing is made of them
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .common import INT32_MAX, extent, launch
 from .layers import (
+    NUMBERS,
+    LayerNumbers,
     ResidualIo,
     accumulation_dtype,
     grouped,
@@ -78,7 +80,7 @@ def local_residual_kernel(
     columns = column_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     a = load_layers(logits, layer, rows, columns, mask, ACC)  # (BLOCK_R, BLOCK_C)
-    energy = judge(a, io, numbers + 5 * layer, layer, rows, columns, mask, ACTIVATION, LOSS)
+    energy = judge(a, io, numbers + NUMBERS * layer, layer, rows, columns, mask, ACTIVATION, LOSS)
     tl.store(partial + tl.program_id(0), energy)
 
 
@@ -128,7 +130,7 @@ def local_residual(
             stack_layers(x if name != "skip_input" or any(skip[t] for t in chosen) else None, chosen)
             for name, x in stacks.items()
         )
-        numbers = [(rho[t], skip[t], 1.0, dual_step[t], kappa) for t in chosen]
+        numbers = [LayerNumbers(rho[t], skip[t], 1.0, dual_step[t], kappa) for t in chosen]
         partial = logits.new_empty(len(chosen), n_tiles, dtype=accumulate)
         launch(
             local_residual_kernel,

@@ -108,6 +108,17 @@ class Workspace {
 constexpr int64_t kPlainSgd = 1, kAdam = 3;                         // positions in lgd_kernels.reference.UPDATE_RULES
 constexpr int64_t kUpdateNumbers = sizeof(Update) / sizeof(double); // of a stack of parameters, in `update_numbers`
 
+// Those of all stacks, once they are checked.
+const double* numbers_of(const DecoupledStepArguments& a) {
+  const int64_t n_stacks = a.weight.size() + a.bias.size();
+  TORCH_CHECK_VALUE(
+      a.update_numbers.scalar_type() == at::kDouble && a.update_numbers.is_contiguous() &&
+          a.update_numbers.sizes() == at::IntArrayRef({n_stacks, kUpdateNumbers}),
+      "update_numbers: expected a contiguous float64 tensor of shape [", n_stacks, ", ", kUpdateNumbers, "], got ",
+      a.update_numbers.scalar_type(), " of shape ", a.update_numbers.sizes());
+  return a.update_numbers.const_data_ptr<double>();
+}
+
 // The layers of stacks of parameters, with the buffers and numbers of the optimizer.
 class Parameters {
  public:
@@ -160,10 +171,10 @@ class Step {
         multiplier_(a.multiplier, "multiplier"),
         velocity_(a.velocity, "velocity"),
         residual_(a.residual, "residual"),
-        weight_(a.weight, a.weight_first, a.weight_second, a.update_rule, a.update_numbers.data(), "weight"),
+        weight_(a.weight, a.weight_first, a.weight_second, a.update_rule, numbers_of(a), "weight"),
         bias_(
             bias_rows_, bias_first_rows_, bias_second_rows_, a.update_rule,
-            a.update_numbers.data() + kUpdateNumbers * a.weight.size(), "bias"),
+            numbers_of(a) + kUpdateNumbers * a.weight.size(), "bias"),
         n_layers_(weight_.values().size()),
         classes_(n_layers_ == 0 ? 0 : weight_.values().rows(n_layers_ - 1)),
         options_(layer_options(n_layers_, a.activation, a.rho, a.skip, a.branch_scale, dual_steps())),
@@ -359,9 +370,6 @@ class Step {
 
 at::Tensor decoupled_step_(const DecoupledStepArguments& a) {
   TORCH_CHECK_VALUE(a.x.dim() == 2, "x: expected shape (n, d), got ", a.x.sizes());
-  TORCH_CHECK_VALUE(
-      a.update_numbers.size() == kUpdateNumbers * (a.weight.size() + a.bias.size()), "update_numbers: expected ",
-      kUpdateNumbers, " for each stack of parameters, got ", a.update_numbers.size());
   TORCH_CHECK_VALUE(
       a.squared_error || a.skip.empty() || a.skip.back() == 0,
       "skip: the last layer's must be 0 for softmax_infogain, got ", a.skip.back());

@@ -27,7 +27,7 @@ struct DecoupledStepArguments {
   int64_t steps;
   double step_size, z_momentum, dual_step;
   int64_t update_rule;
-  std::vector<double> update_numbers;
+  at::Tensor update_numbers; // (stacks of weight and of bias, 7) float64
 };
 
 // The energies (T,).

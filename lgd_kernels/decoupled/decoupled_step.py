@@ -174,7 +174,7 @@ def decoupled_step_(
             *(x, *hidden.values(), residual, *changed, labels, *parts, ignore_index, squared),
             *(plan.activation, preactivation, loss, float(kappa), *plan.numbers),
             *(steps, step_size, z_momentum, plan.dual_step if dual_step is None else dual_step),
-            *(step.rule, step.numbers),
+            *(step.rule, step.numbers_on(x.device)),
         )
         step.done()
     moved = [*of_weight, *of_bias] if optimizer is None else changed

@@ -3,6 +3,8 @@ make them, and the numbers of its next step."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,25 @@ class NextStep(NamedTuple):
     counts: list[tuple[Tensor, int]]  # Adam's numbers of steps, and what they become
     made: list[tuple[Tensor, str, Tensor]]  # (parameter, name, buffer) of the buffers that are new
 
+    def numbers_on(self, device: torch.device) -> Tensor:
+        """`UpdateNumbers` of every stack, (stacks, 7) float64, on the device; the host does not wait for the copy."""
+        if _numbers_of_graph is not None:
+            return _numbers_of_graph
+        width = len(UpdateNumbers._fields)
+        made = torch.tensor(self.numbers, dtype=torch.float64).view(len(self.numbers) // width, width)
+        if device.type != "cuda":
+            return made.to(device)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "decoupled_step_: a CUDA graph would repeat the numbers of this one step of the optimizer for ever; "
+                "capture it by lgd.capture_step"
+            )
+        return made.pin_memory().to(device, non_blocking=True)
+
+    def addresses(self) -> list[int]:
+        """Where the buffers lie."""
+        return [buffer.data_ptr() for of_list in self.buffers for buffer in of_list.all()]
+
     def done(self) -> None:
         """To be called once the step is made."""
         for parameter, name, buffer in self.made:
@@ -46,6 +67,20 @@ class NextStep(NamedTuple):
             count.fill_(value)
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # or torch's schedules warn that step() was not called before theirs
+
+
+_numbers_of_graph: Tensor | None = None
+
+
+@contextlib.contextmanager
+def numbers_in(tensor: Tensor) -> Iterator[None]:
+    """Within the block `numbers_on` is this tensor: a graph that is captured there reads what will be in it."""
+    global _numbers_of_graph
+    before, _numbers_of_graph = _numbers_of_graph, tensor
+    try:
+        yield
+    finally:
+        _numbers_of_graph = before
 
 
 def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> NextStep:

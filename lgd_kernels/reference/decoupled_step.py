@@ -100,7 +100,7 @@ def decoupled_step_(
     z_momentum: float,
     dual_step: float,
     update_rule: int,
-    update_numbers: list[float],
+    update_numbers: Tensor,
 ) -> Tensor:
     """Move z and multiplier, then the parameters; returns the energies (T,) that the parameters' step starts from.
 
@@ -115,7 +115,8 @@ def decoupled_step_(
 
     The last layer's loss is softmax_infogain of its raw logits with H = (matrix, background, ...) and labels `target`
     (n,), or with squared_error |target - prediction|^2 / 2 for target (n, d_T). update_rule: a position in
-    UPDATE_RULES; update_numbers: those of `UpdateNumbers`, for every stack of weight, then of bias.
+    UPDATE_RULES; update_numbers (stacks, 7) float64: `UpdateNumbers` for every stack of weight, then of bias, on the
+    device of x, so that a captured CUDA graph reads those of its next step.
     """
     accumulate = accumulation_dtype(x.dtype)
     operands = x.dtype if x.dtype == torch.bfloat16 else accumulate
@@ -173,24 +174,25 @@ def decoupled_step_(
         scale = branch_scale[t] * per_sample
         gradients_of_weight.append(scale * product(delta.t(), activate(phi, inputs[t]).to(operands), accumulate))
         gradients_of_bias.append(per_sample * delta.to(accumulate).sum(0))
-    _update_stacks_(update_rule, update_numbers, weight, weight_first, weight_second, gradients_of_weight)
-    of_bias = update_numbers[len(weight) * len(UpdateNumbers._fields) :]
+    numbers = [UpdateNumbers(*row) for row in update_numbers.tolist()]
+    of_weight, of_bias = numbers[: len(weight)], numbers[len(weight) :]
+    _update_stacks_(update_rule, of_weight, weight, weight_first, weight_second, gradients_of_weight)
     _update_stacks_(update_rule, of_bias, bias, bias_first, bias_second, gradients_of_bias)
     return torch.stack([energy for energy, _, _, _ in judged])
 
 
 def _update_stacks_(
     rule: int,
-    numbers: list[float],
+    numbers: list[UpdateNumbers],
     stacks: list[Tensor],
     first: list[Tensor],
     second: list[Tensor],
     gradients: list[Tensor],
 ) -> None:
     """`update_` for all layers of a list of stacks."""
-    t, size = 0, len(UpdateNumbers._fields)
+    t = 0
     for i, stack in enumerate(stacks):
         gradient = torch.stack(gradients[t : t + len(stack)]) if len(stack) else torch.zeros_like(stack)
         buffers = (first[i] if first else None, second[i] if second else None)
-        update_(UPDATE_RULES[rule], UpdateNumbers(*numbers[i * size : (i + 1) * size]), stack, *buffers, gradient)
+        update_(UPDATE_RULES[rule], numbers[i], stack, *buffers, gradient)
         t += len(stack)

@@ -1,7 +1,8 @@
-"""The kernels of the layer ops that the gate compiles: all of them, for every tile that their table has."""
+"""The kernels of the layer ops that the gate compiles: for every tile that their table has."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,7 +33,9 @@ SIZES = {
     "tall": (512, 512),
     "uneven": (77, 77),
 }
-KERNELS = ("forward", "forward_pre", "input_gradient", "parameter_gradient")
+KERNELS = ("forward", "forward_pre", "input_gradient", "weight_gradient")
+# of decoupled_step_: the same kernels with more in their epilogues, and so the ones to see every tile with
+STEP_KERNELS = ("step_forward", "step_of_z", "step_of_weight")
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block has; 80: on 8.6 and 8.9 too
 
 
@@ -48,8 +51,16 @@ class LayerVariant(NamedTuple):
     def name(self) -> str:
         return f"{self.kernel} {self.precision} {self.size} sm_{self.architecture}"
 
+    @property
+    def multiplies_half(self) -> bool:
+        """Whether operands have 16 bits; decoupled_step_ keeps those of float16 in single precision."""
+        of_step = self.kernel in STEP_KERNELS
+        return self.precision == "bfloat16" or (self.precision == "float16" and not of_step)
+
     def launch(self) -> tuple:
         """(kernel, arguments, options)."""
+        if self.kernel in STEP_KERNELS:
+            return _step_launch(self)
         return _residual_launch(self) if self.kernel == "local_residual" else _linear_launch(self)
 
     def complaints(self, report: Report) -> Iterator[str]:
@@ -61,18 +72,22 @@ class LayerVariant(NamedTuple):
         if self.size != "uneven" and not report.wide_stores:
             yield "no store of 16 bytes"
         planned = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.architecture]
-        if self.precision in ("bfloat16", "float16") and self.kernel in KERNELS and report.tensor_cores != planned:
+        if self.multiplies_half and report.tensor_cores != planned:
             yield f"multiplies by {report.tensor_cores or 'scalars'}, not by {planned}"
 
 
 def layer_variants() -> list[LayerVariant]:
-    """local_residual on contiguous layers, on rows that lie apart and on uneven ones; the products with every tile in
-    bfloat16 and float32, and for one architecture the largest in the dtypes that are like these or have but one."""
+    """local_residual on contiguous layers, on rows that lie apart and on uneven ones; the products of decoupled_step_
+    with every tile in bfloat16 and float32, the others with the largest; and for one architecture these with every tile
+    too, and the largest in the dtypes that are like bfloat16 and float32 or have but one."""
     dtypes = ("float32", "bfloat16", "float16", "float64")
     of_residual = itertools.product(["local_residual"], dtypes, ("tall", "apart", "uneven"))
-    of_products = itertools.product(KERNELS, ("bfloat16", "tf32"), SIZES)
-    others = itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
-    everywhere = itertools.product([*of_residual, *of_products], ARCHITECTURES)
+    of_step = itertools.product(STEP_KERNELS, ("bfloat16", "tf32"), SIZES)
+    of_products = itertools.product(KERNELS, ("bfloat16", "tf32"), ("tall",))
+    others = [*itertools.product(KERNELS, ("bfloat16",), SIZES), *itertools.product(KERNELS, ("tf32",), ("uneven",))]
+    others += itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
+    others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("tall",))
+    everywhere = itertools.product([*of_residual, *of_step, *of_products], ARCHITECTURES)
     return [LayerVariant(*variant, architecture) for variant, architecture in [*everywhere, *((v, 90) for v in others)]]
 
 
@@ -97,16 +112,14 @@ def _linear_launch(variant: LayerVariant) -> tuple:
     import torch
 
     from lgd_kernels.triton_kernels import decoupled_linear as module
-    from lgd_kernels.triton_kernels import layers
+    from lgd_kernels.triton_kernels import layers, linear_launches
     from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
 
     (n, d), (dtype, of_weight) = SIZES[variant.size], (getattr(torch, name) for name in PRECISIONS[variant.precision])
     z, target, multiplier = torch.empty(3, LAYERS, n, d, dtype=dtype, device="meta")
     weight = torch.empty(LAYERS, d, d, dtype=of_weight, device="meta")
     one, activation, yes = [1.0] * LAYERS, [GELU_TANH.value] * LAYERS, [True]
-    switch = torch.backends.cuda.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "tf32" if variant.precision == "tf32" else "ieee"
-    with recorded(variant.architecture, module, layers) as launches:
+    with _float32_as(variant.precision), recorded(variant.architecture, linear_launches, layers) as launches:
         if variant.kernel.startswith("forward"):
             given = [z], [weight], [weight[:, 0]], [target], [multiplier], activation, variant.kernel == "forward_pre"
             module.decoupled_linear(*given, HUBER.value, 1.0, one, one, one, one, yes, yes)
@@ -116,7 +129,50 @@ def _linear_launch(variant: LayerVariant) -> tuple:
             )
             given = [z], [weight], [target], [target], [target], upstream, activation, True
             module.decoupled_linear_backward(*given, one, one, yes, yes, yes, [False], [False])
-    switch.fp32_precision = before
-    kernels = {"input_gradient": "input_gradient_kernel", "parameter_gradient": "parameter_gradient_kernel"}
+    kernels = {"input_gradient": "input_gradient_kernel", "weight_gradient": "weight_gradient_kernel"}
     name = kernels.get(variant.kernel, "forward_kernel")
     return next(launch for launch in launches if launch[0].__name__ == name)
+
+
+def _step_launch(variant: LayerVariant) -> tuple:
+    import torch
+
+    from lgd_kernels.triton_kernels import decoupled_step as module
+    from lgd_kernels.triton_kernels import layers, linear_launches, softmax_infogain
+    from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
+
+    (n, d), dtype = SIZES[variant.size], getattr(torch, PRECISIONS[variant.precision][0])
+    of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    hidden = [[empty(LAYERS - 1, n, d)] for _ in ("z", "multiplier", "velocity")]
+    weight, bias = ([[empty(LAYERS, *shape, of=of_parameters)] for _ in range(3)] for shape in ((d, d), (d,)))
+    one, adam = [1.0] * LAYERS, 3
+    with (
+        _float32_as(variant.precision),
+        recorded(variant.architecture, module, linear_launches, layers, softmax_infogain) as launches,
+    ):
+        module.decoupled_step_(
+            *(empty(n, d), *hidden, [], *weight, *bias, empty(n, d), *[None] * 6, -100, True),
+            *([GELU_TANH.value] * LAYERS, True, HUBER.value, 1.0, one, one, one),
+            *(1, 0.1, 0.5, 0.1, adam, empty(2, 7, of=torch.float64)),
+        )
+    kernels = {"step_of_z": "input_gradient_kernel", "step_of_weight": "weight_gradient_kernel"}
+    name = kernels.get(variant.kernel, "forward_kernel")
+    # the last forward pass over hidden layers, with their multipliers' step: the head's comes after it
+    return [launch for launch in launches if launch[0].__name__ == name][-2 if name == "forward_kernel" else -1]
+
+
+@contextlib.contextmanager
+def _float32_as(precision: str) -> Iterator[None]:
+    """Within the block torch's switch says whether float32 is multiplied on tensor cores."""
+    import torch
+
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

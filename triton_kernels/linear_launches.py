@@ -1,0 +1,183 @@
+"""The launches of linear_kernels.py: for layers of one shape and activation, whichever op they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from .activations import IDENTITY
+from .common import INT32_MAX, architecture_of, extent, launch
+from .layers import LayerNumbers, Layers, ResidualIo, numbers_of_layers
+from .linear_kernels import (
+    BLOCK_O,
+    bias_gradient_kernel,
+    forward_kernel,
+    input_gradient_kernel,
+    store_gradient,
+    weight_gradient_kernel,
+)
+from .linear_tiles import MOST_REGISTERS, Arithmetic, LinearTiles, linear_tiles
+
+
+class Sizes(NamedTuple):
+    """Of the layers of a launch."""
+
+    layers: int
+    samples: int
+    d_in: int
+    d_out: int
+
+
+def phi_and_f(activation: int, preactivation: bool) -> tuple[int, int]:
+    """What is applied to the input of a layer, and what to its raw logits."""
+    return (activation, IDENTITY.value) if preactivation else (IDENTITY.value, activation)
+
+
+def launch_forward(
+    sizes: Sizes,
+    z: Layers,
+    weight: Layers,
+    bias: Layers | None,
+    io: ResidualIo,
+    numbers: Sequence[LayerNumbers],
+    how: Arithmetic,
+    phi: int,
+    f: int,
+    hidden_loss: int,
+) -> Tensor:
+    """Store what `io` wants; the energies (L, tiles) of the tiles."""
+    tiles = _tiles(sizes.samples, sizes.d_out, how, z, weight)
+    n_tiles = triton.cdiv(sizes.samples, tiles.rows) * triton.cdiv(sizes.d_out, tiles.columns)
+    partial = z.data.new_empty(sizes.layers, n_tiles, dtype=how.accumulate)
+    launch(
+        forward_kernel,
+        (partial.numel(),),
+        z.data,
+        z,
+        weight,
+        bias,
+        io,
+        numbers_of_layers(numbers, how.accumulate, z.data.device),
+        partial,
+        *sizes[1:],
+        how.product,
+        PHI=phi,
+        ACTIVATION=f,
+        LOSS=hidden_loss,
+        **_options(tiles, sizes, (z, weight, *io), (z, weight, bias, *io)),
+    )
+    return partial
+
+
+def launch_input_gradient(
+    sizes: Sizes,
+    z: Layers,
+    weight: Layers,
+    delta: Layers,
+    q: Layers | None,
+    upstream: Layers | None,
+    to: Any,
+    numbers: Sequence[LayerNumbers],
+    how: Arithmetic,
+    phi: int,
+    finish: Any = store_gradient,
+) -> None:
+    """`finish` with the gradients of z. q: only where a layer has a skip."""
+    tiles = _tiles(sizes.samples, sizes.d_in, how, z, weight, delta)
+    n_tiles = triton.cdiv(sizes.samples, tiles.rows) * triton.cdiv(sizes.d_in, tiles.columns)
+    launch(
+        input_gradient_kernel,
+        (sizes.layers * n_tiles,),
+        z.data,
+        z,
+        weight,
+        delta,
+        q,
+        upstream,
+        to,
+        numbers_of_layers(numbers, how.accumulate, z.data.device),
+        *sizes[1:],
+        how.product,
+        FINISH=finish,
+        PHI=phi,
+        **_options(tiles, sizes, (z, weight, delta), (z, weight, delta, q, *_layers_in(to))),
+    )
+
+
+def launch_weight_gradient(
+    sizes: Sizes,
+    z: Layers,
+    delta: Layers,
+    upstream: Layers | None,
+    to: Any,
+    numbers: Sequence[LayerNumbers],
+    how: Arithmetic,
+    phi: int,
+    finish: Any = store_gradient,
+) -> None:
+    """`finish` with the gradients of the weights."""
+    tiles = _tiles(sizes.d_out, sizes.d_in, how, z, delta)
+    launch(
+        weight_gradient_kernel,
+        (sizes.layers * triton.cdiv(sizes.d_out, tiles.rows) * triton.cdiv(sizes.d_in, tiles.columns),),
+        z.data,
+        z,
+        delta,
+        upstream,
+        to,
+        numbers_of_layers(numbers, how.accumulate, z.data.device),
+        *sizes[1:],
+        how.product,
+        FINISH=finish,
+        PHI=phi,
+        **_options(tiles, sizes, (z, delta), (z, delta, *_layers_in(to))),
+    )
+
+
+def launch_bias_gradient(
+    sizes: Sizes, delta: Layers, upstream: Layers | None, to: Any, how: Arithmetic, finish: Any = store_gradient
+) -> None:
+    """`finish` with the gradients of the biases."""
+    launch(
+        bias_gradient_kernel,
+        (sizes.layers * triton.cdiv(sizes.d_out, BLOCK_O.value),),
+        delta.data,
+        delta,
+        upstream,
+        to,
+        sizes.samples,
+        sizes.d_out,
+        how.product,
+        FINISH=finish,
+        num_warps=4,
+    )
+
+
+def _layers_in(to: Any) -> tuple[Layers, ...]:
+    """What a FINISH writes to: layers, or a tuple with some."""
+    return (to,) if isinstance(to, Layers) else tuple(x for x in to if isinstance(x, Layers))
+
+
+def _tiles(rows: int, columns: int, how: Arithmetic, *operands: Layers) -> LinearTiles:
+    widest = max(x.data.element_size() for x in operands)
+    return linear_tiles(rows, columns, widest, how.precision, architecture_of(operands[0].data.device))
+
+
+def _options(
+    tiles: LinearTiles, sizes: Sizes, operands: Sequence[Layers | None], layers: Sequence[Layers | None]
+) -> dict[str, Any]:
+    even = sizes.d_in % 16 == sizes.d_out % 16 == 0 and all(x is None or x.align.value > 1 for x in operands)
+    return {
+        # whether offsets within a layer need 64 bits; beyond its end lies at most a tile
+        "WIDE": max(extent(x.data) for x in layers if x is not None) > INT32_MAX - 2**20,
+        "PARTS": tiles.parts,
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.columns,
+        "BLOCK_K": tiles.depth,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        "maxnreg": tiles.registers if even else MOST_REGISTERS,  # of which no result depends; uneven: many addresses
+    }

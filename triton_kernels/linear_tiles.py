@@ -1,0 +1,95 @@
+"""How the products of layers are made: in which tiles, by one table for all kernels, and in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from .common import INTERPRETED
+from .layers import accumulation_dtype, triton_dtype
+
+MOST_REGISTERS = 255  # that a thread can have
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """How a product is cut: a program has (rows, columns) of it, and sums up `depth` terms at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    parts: int  # in which the epilogue goes through the rows: at once it takes more registers than there are
+    num_warps: int
+    num_stages: int
+    registers: int  # of a thread at most; left to itself, the compiler spills a few to have more programs at a time
+
+
+def linear_tiles(rows: int, columns: int, widest: int, precision: str, architecture: int) -> LinearTiles:
+    """The tiles of products (rows, columns), from the numbers alone that one layer has.
+
+    widest: bytes of an element of the widest tensor that is read for the product.
+    precision: "half", "tf32", "ieee" (float32 without tensor cores) or "float64".
+    architecture: 90 for compute capability 9.0.
+    """
+    if precision == "float64":
+        return LinearTiles(32, 32, 16, parts=1, num_warps=4, num_stages=2, registers=MOST_REGISTERS)
+    if precision == "ieee":  # no tensor cores
+        return LinearTiles(64, 64, 16, parts=1, num_warps=4, num_stages=2, registers=MOST_REGISTERS)
+    block_rows = 128 if rows > 64 else 64
+    block_columns = 128 if columns > 64 else 64 if columns > 32 else 32
+    # 4 warps, which multiply together with wgmma, get all the registers that there are: with 8 warps of 128 registers
+    # the step of lambda in the epilogue spills 16 bytes
+    whole = architecture == 90 and widest == 2 and block_rows * block_columns == 128 * 128
+    num_warps = 8 if block_rows * block_columns > 64 * 64 and not whole else 4
+    numbers = block_rows * block_columns // (32 * num_warps)  # of the tile, for a thread
+    deep = architecture >= 90  # before, activated operands of a product 128 bytes deep do not fit the registers
+    registers = 168  # 3 programs of 4 warps
+    if architecture == 90 and widest == 2:
+        registers = MOST_REGISTERS if whole else 128 if num_warps == 8 else 168  # 2 programs either way, or 3
+    return LinearTiles(
+        block_rows,
+        block_columns,
+        depth=(128 if deep else 64) // widest,
+        parts=max(numbers // (16 if whole else 8), 1),
+        num_warps=num_warps,
+        num_stages=3 if deep else 4,
+        registers=registers,
+    )
+
+
+class Product(NamedTuple):
+    """How the kernels multiply."""
+
+    rounded: tl.constexpr  # to this dtype operands are rounded
+    operand: tl.constexpr  # and in this one they are multiplied
+    accumulated: tl.constexpr
+    precision: tl.constexpr  # of `tl.dot`
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What layers are computed in."""
+
+    accumulate: torch.dtype
+    precision: str  # for the table of tiles
+    product: Product
+
+
+def arithmetic(samples: torch.dtype, rounded: torch.dtype) -> Arithmetic:
+    """For samples of a dtype, and operands of products rounded to another."""
+    accumulate = accumulation_dtype(samples)
+    precision = precision_of(torch.float64 if accumulate == torch.float64 else rounded)
+    exact = INTERPRETED or precision == "float64"  # Triton's interpreter does not multiply bfloat16
+    dtypes = (rounded, accumulate if exact else rounded, accumulate)
+    of_dot = tl.constexpr("tf32" if precision == "tf32" else "ieee")
+    return Arithmetic(accumulate, precision, Product(*(tl.constexpr(triton_dtype(dtype)) for dtype in dtypes), of_dot))
+
+
+def precision_of(operand: torch.dtype) -> str:
+    """How products of this dtype are made; float32 on tensor cores only where torch's own products are."""
+    if operand == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "float64" if operand == torch.float64 else "half"
