@@ -11,18 +11,19 @@ from bench.floors import Rates, copy_rate, floor_ms
 from bench.machine import Machine, backend_of, cpu_seconds_of_others
 from bench.peers import Problem, prepare
 from bench.results import Row
-from bench.timing import CLOCKS, Timing, time_interleaved
+from bench.timing import CLOCKS, Timing, launches_of, time_interleaved
 from bench.workloads import Workload
 
 
 @dataclass(frozen=True)
 class Measurement:
     """checks: by peer. timings: by peer, of those that passed. other_cores: kept busy by other processes meanwhile;
-    None where nobody knows, or where a GPU computes."""
+    None where nobody knows, or where a GPU computes. launches: by peer, where a GPU computes."""
 
     checks: dict[str, Check]
     timings: dict[str, Timing]
     other_cores: float | None
+    launches: dict[str, int]
 
 
 def measure_problem(problem: Problem, seconds: float, after_each_round: Callable[[float], None]) -> Measurement:
@@ -34,7 +35,8 @@ def measure_problem(problem: Problem, seconds: float, after_each_round: Callable
     timings = time_interleaved(calls, problem.before_each_call, seconds, after_each_round, clock)
     others_after, elapsed = cpu_seconds_of_others(), time.perf_counter() - start
     known = problem.device == "cpu" and others_before is not None and others_after is not None
-    return Measurement(checks, timings, (others_after - others_before) / elapsed if known else None)
+    launches = {peer: launches_of(call) for peer, call in calls.items()} if problem.device == "cuda" else {}
+    return Measurement(checks, timings, (others_after - others_before) / elapsed if known else None, launches)
 
 
 def measure_workload(
@@ -60,6 +62,7 @@ def measure_workload(
             copy_gb_per_s=1e-9 * rates.bytes_per_second,
             gemm_gflop_per_s=1e-9 * gemm_rate,
             other_cores=measured.other_cores,
+            launches=measured.launches.get(peer),
         )
         for peer in problem.calls
     ]

@@ -45,16 +45,20 @@ DECOUPLED_STEP = Operation(
     {
         "copy": "copy of z",
         "eager": "backpropagation",
+        "eager_graph": "backpropagation, CUDA graph",
         "batched": "backpropagation, weight gradients in one bmm",
         "compiled": "backpropagation, torch.compile",
         "bmm": "the same step with bmm",
         "bmm_compiled": "the same step with bmm, torch.compile",
         "shallow": "lgd_kernels, 8 layers",
+        "cuda": "lgd_kernels, CUDA C++",
+        "triton": "lgd_kernels, Triton",
         "ours": "lgd_kernels",
     },
     "A step of backpropagation is three matrix products for every layer; a decoupled one is four, because the weights "
     "move after the hidden values: forward, gradient of z, and at the new z forward and gradient of the weights. The "
-    "floor is these four at the rate of `torch.mm` on 1024 x 1024 matrices in the same run.",
+    "floor is these four at the rate of `torch.mm` on large matrices in the same run. On a GPU all but plain "
+    "backpropagation run as CUDA graphs.",
     "ours",
-    ("eager", "batched", "compiled", "bmm", "bmm_compiled", "ours"),
+    ("eager", "eager_graph", "batched", "compiled", "bmm", "bmm_compiled", "cuda", "triton", "ours"),
 )

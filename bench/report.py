@@ -9,6 +9,7 @@ from bench.results import BUSY, Row, busy_cores, by_workload, medians
 from bench.workloads import Workload
 
 _HEADER = f"{'':15}{'median ms':>11}{'p20':>9}{'p80':>9}{'x floor':>9}{'x copy':>8}{'ours is':>15}{'error':>10}"
+_LAUNCHES = f"{'launches':>10}"  # on a GPU
 
 
 def report(run: list[Row], workloads: Iterable[Workload]) -> str:
@@ -28,7 +29,8 @@ def _workload_lines(workload: Workload, peers: dict[str, Row]) -> list[str]:
     copy = peers["copy"]
     title = f"{workload.label}   floor {copy.floor_ms:.3g} ms at a copy rate of {copy.copy_gb_per_s:.1f} GB/s"
     verdicts = judge(workload.goals, medians(peers))
-    return [title, _HEADER, *(_peer_line(row, peers) for row in peers.values()), *map(_goal_line, verdicts)]
+    header = _HEADER if copy.launches is None else _HEADER + _LAUNCHES
+    return [title, header, *(_peer_line(row, peers) for row in peers.values()), *map(_goal_line, verdicts)]
 
 
 def _peer_line(row: Row, peers: dict[str, Row]) -> str:
@@ -37,9 +39,10 @@ def _peer_line(row: Row, peers: dict[str, Row]) -> str:
     ours, copy = peers["ours"].median_ms, peers["copy"].median_ms
     error = "-" if row.error is None else f"{row.error:.1e}"
     faster = "" if row.peer == "ours" or ours is None else f"{row.median_ms / ours:.2f}x as fast"
+    launches = "" if row.launches is None else f"{row.launches:10}"
     return (
         f"  {row.peer:13}{row.median_ms:11.4g}{row.p20_ms:9.4g}{row.p80_ms:9.4g}{row.ratio_to_floor:9.2f}"
-        f"{row.median_ms / copy:8.2f}{faster:>15}{error:>10}"
+        f"{row.median_ms / copy:8.2f}{faster:>15}{error:>10}{launches}"
     )
 
 

@@ -20,6 +20,7 @@ class Row:
     status: "ok", or why there is no time. error: relative to float64. floor_ms: the time that no implementation can
     beat at the rates of this run; ratio_to_floor: the median over it. backend: what answered for lgd_kernels.
     other_cores: how many cores other processes (and other guests of the host) kept busy meanwhile, None if unknown.
+    launches: kernels and copies that a GPU runs in one call; None on a CPU.
     The others are those of `Machine`.
     """
 
@@ -46,6 +47,7 @@ class Row:
     copy_gb_per_s: float
     gemm_gflop_per_s: float
     other_cores: float | None
+    launches: int | None
 
     @property
     def computes(self) -> str:

@@ -68,6 +68,18 @@ def seconds_on_gpu(call: Callable[[], object]) -> float:
     return 1e-3 * start.elapsed_time(end)
 
 
+def launches_of(call: Callable[[], object]) -> int:
+    """Kernels and copies that the GPU runs in one call, those of a graph counted one by one."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+
+
 CLOCKS: dict[str, Clock] = {"cpu": seconds_of, "cuda": seconds_on_gpu}  # by device
 
 

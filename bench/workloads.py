@@ -48,7 +48,8 @@ class DecoupledStepWorkload:
     """One step of training of a net of `depth` tanh layers of one width, squared error, SGD with momentum: by
     backpropagation, or by one visit with one step of the hidden values.
 
-    dtype: of the samples and of z; weights are float32. is_sweep: part of the sweep over depths.
+    dtype: of the samples and of z; weights are float32. is_sweep: part of the sweep over depths. device: "cpu" or
+    "cuda".
     """
 
     depth: int
@@ -58,14 +59,14 @@ class DecoupledStepWorkload:
     goals: tuple[Goal, ...] = ()
     peers: tuple[str, ...] = ("copy", "eager", "batched", "compiled", "bmm", "bmm_compiled", "ours")
     is_sweep: bool = False
-    device: ClassVar[str] = "cpu"
+    device: str = "cpu"
     operation: ClassVar[Operation] = DECOUPLED_STEP
 
     @property
     def name(self) -> str:
         """What the results file and `--only` call it."""
-        sweep = "depth/" if self.is_sweep else ""
-        return f"{self.operation.name}/{sweep}{self.depth}x{self.width}x{self.n_samples}/{self.dtype}"
+        sweep, device = "depth/" if self.is_sweep else "", "" if self.device == "cpu" else f"/{self.device}"
+        return f"{self.operation.name}/{sweep}{self.depth}x{self.width}x{self.n_samples}/{self.dtype}{device}"
 
     @property
     def label(self) -> str:
@@ -96,12 +97,12 @@ def _decoupled(depth: int, width: int, n_samples: int, times: float) -> Decouple
 SHALLOW, SWEEP_WIDTH, SWEEP_ROWS = 8, 128, 32768  # the least depth of the sweep; width; layers times samples
 
 
-def _sweep(depth: int) -> DecoupledStepWorkload:
+def _sweep(depth: int, *others: str, dtype: str = "float32", device: str = "cpu") -> DecoupledStepWorkload:
     """A depth of the sweep: as many products of as many numbers at every depth."""
-    peers, goals = ("copy", "eager", "compiled", "bmm_compiled", "ours"), ()
+    peers, goals = ("copy", *others, "ours"), ()
     if depth != SHALLOW:
         peers, goals = (*peers, "shallow"), (AtMost("shallow", 1.1),)
-    return DecoupledStepWorkload(depth, SWEEP_WIDTH, SWEEP_ROWS // depth, goals=goals, peers=peers, is_sweep=True)
+    return DecoupledStepWorkload(depth, SWEEP_WIDTH, SWEEP_ROWS // depth, dtype, goals, peers, True, device)
 
 
 ELEMENTS = 2**28  # of the large workloads of a GPU: half a gigabyte of bfloat16, many times what its cache holds
@@ -118,6 +119,15 @@ def _on_gpu(infogain: str, shape: tuple[int, int], dtype: str, *goals: Goal) -> 
 
 def _large(infogain: str, n_classes: int, *goals: Goal) -> SoftmaxInfogainWorkload:
     return _on_gpu(infogain, (ELEMENTS // n_classes, n_classes), "bfloat16", *goals)
+
+
+def _decoupled_on_gpu(depth: int, width: int, n_samples: int, times: float, than_bmm: float) -> DecoupledStepWorkload:
+    """`times` as fast as the fastest backpropagation, and never slower; `than_bmm` as fast as bmm."""
+    peers = ("eager", "eager_graph", "batched", "compiled", "bmm", "bmm_compiled")
+    goals = tuple(AtLeast(peer, times if peer in peers[:4] else than_bmm) for peer in peers[1:])
+    return DecoupledStepWorkload(
+        depth, width, n_samples, "bfloat16", goals, ("copy", *peers, "cuda", "triton", "ours"), device="cuda"
+    )
 
 
 WORKLOADS: tuple[Workload, ...] = (
@@ -137,7 +147,7 @@ WORKLOADS: tuple[Workload, ...] = (
     _decoupled(32, 256, 256, times=2.3),
     _decoupled(8, 1024, 256, times=2),
     DecoupledStepWorkload(32, 256, 256, dtype="bfloat16"),
-    *(_sweep(depth) for depth in (8, 16, 32, 64, 128)),
+    *(_sweep(depth, "eager", "compiled", "bmm_compiled") for depth in (8, 16, 32, 64, 128)),
     # what matters most first: a run on a borrowed GPU may be stopped
     *(_large("identity", n_classes, COPY_RATE) for n_classes in (1000, 4096, 32000, 65536, 128256, 262144)),
     *(_large("dense", n_classes, COPY_RATE) for n_classes in (1000, 4096)),
@@ -145,6 +155,12 @@ WORKLOADS: tuple[Workload, ...] = (
     _on_gpu("identity", (65536, 10), "float32"),
     _on_gpu("identity", (8192, 1000), "float32"),
     _on_gpu("identity", (1024, 32000), "float32"),
+    _decoupled_on_gpu(32, 256, 256, times=10, than_bmm=1.25),
+    _decoupled_on_gpu(64, 1024, 1024, times=1, than_bmm=1.1),
+    _decoupled_on_gpu(32, 128, 64, times=20, than_bmm=1.25),
+    _decoupled_on_gpu(32, 1024, 1024, times=1.8, than_bmm=1.1),
+    _decoupled_on_gpu(8, 4096, 4096, times=1, than_bmm=0.98),
+    *(_sweep(depth, "eager_graph", "bmm", dtype="bfloat16", device="cuda") for depth in (8, 32, 128)),
     _large("label_smoothing", 32000),
     _large("sparse", 4096),
 )

@@ -74,6 +74,7 @@ def row(peer: str, median_ms: float | None, workload: str = TINY.name, date: str
         "copy_gb_per_s": 40.0,
         "gemm_gflop_per_s": 200.0,
         "other_cores": 0.02,
+        "launches": None,
     }
     return Row(**(values | changes))
 
@@ -272,9 +273,11 @@ def test_the_clock_of_a_gpu_runs_between_two_events_with_a_cold_cache_and_the_ho
 
 def test_a_problem_is_timed_by_the_clock_of_its_device(monkeypatch):
     monkeypatch.setitem(timing.CLOCKS, "cuda", lambda call: call() and 0.5)
+    monkeypatch.setattr("bench.measure.launches_of", lambda call: 3)
     measured = measure_problem(dataclasses.replace(prepare(TINY), device="cuda"), SECONDS, nothing)
     assert {t.median_ms for t in measured.timings.values()} == {500.0}
     assert measured.other_cores is None  # the CPU's business
+    assert set(measured.launches.values()) == {3}
 
 
 def test_summary_of_times():
@@ -547,7 +550,7 @@ def test_the_command_line_says_what_it_cannot_do(capsys):
     for arguments, message in (
         (["--only", "no-such"], "no workload has this in its name"),
         (["plot", "--quick"], "run"),
-        (["--only", "decoupled", "--device", "cuda"], "softmax_infogain/identity/268435x1000/bfloat16/cuda"),
+        (["--only", "columns", "--device", "cuda"], "softmax_infogain/identity/268435x1000/bfloat16/cuda"),
     ):
         with pytest.raises(SystemExit):
             parse_arguments(arguments)

@@ -19,7 +19,7 @@ from .linear_kernels import (
     store_gradient,
     weight_gradient_kernel,
 )
-from .linear_tiles import MOST_REGISTERS, Arithmetic, LinearTiles, linear_tiles
+from .linear_tiles import Arithmetic, LinearTiles, linear_tiles
 
 
 class Sizes(NamedTuple):
@@ -49,7 +49,7 @@ def launch_forward(
     hidden_loss: int,
 ) -> Tensor:
     """Store what `io` wants; the energies (L, tiles) of the tiles."""
-    tiles = _tiles(sizes.samples, sizes.d_out, how, z, weight)
+    tiles = _tiles(sizes, (sizes.samples, sizes.d_out), how, (z, weight), io)
     n_tiles = triton.cdiv(sizes.samples, tiles.rows) * triton.cdiv(sizes.d_out, tiles.columns)
     partial = z.data.new_empty(sizes.layers, n_tiles, dtype=how.accumulate)
     launch(
@@ -67,7 +67,7 @@ def launch_forward(
         PHI=phi,
         ACTIVATION=f,
         LOSS=hidden_loss,
-        **_options(tiles, sizes, (z, weight, *io), (z, weight, bias, *io)),
+        **_options(tiles, z, weight, bias, *io),
     )
     return partial
 
@@ -86,7 +86,7 @@ def launch_input_gradient(
     finish: Any = store_gradient,
 ) -> None:
     """`finish` with the gradients of z. q: only where a layer has a skip."""
-    tiles = _tiles(sizes.samples, sizes.d_in, how, z, weight, delta)
+    tiles = _tiles(sizes, (sizes.samples, sizes.d_in), how, (z, weight, delta))
     n_tiles = triton.cdiv(sizes.samples, tiles.rows) * triton.cdiv(sizes.d_in, tiles.columns)
     launch(
         input_gradient_kernel,
@@ -103,7 +103,7 @@ def launch_input_gradient(
         how.product,
         FINISH=finish,
         PHI=phi,
-        **_options(tiles, sizes, (z, weight, delta), (z, weight, delta, q, *_layers_in(to))),
+        **_options(tiles, z, weight, delta, q, *_layers_in(to)),
     )
 
 
@@ -119,7 +119,7 @@ def launch_weight_gradient(
     finish: Any = store_gradient,
 ) -> None:
     """`finish` with the gradients of the weights."""
-    tiles = _tiles(sizes.d_out, sizes.d_in, how, z, delta)
+    tiles = _tiles(sizes, (sizes.d_out, sizes.d_in), how, (z, delta))
     launch(
         weight_gradient_kernel,
         (sizes.layers * triton.cdiv(sizes.d_out, tiles.rows) * triton.cdiv(sizes.d_in, tiles.columns),),
@@ -133,7 +133,7 @@ def launch_weight_gradient(
         how.product,
         FINISH=finish,
         PHI=phi,
-        **_options(tiles, sizes, (z, delta), (z, delta, *_layers_in(to))),
+        **_options(tiles, z, delta, *_layers_in(to)),
     )
 
 
@@ -161,15 +161,20 @@ def _layers_in(to: Any) -> tuple[Layers, ...]:
     return (to,) if isinstance(to, Layers) else tuple(x for x in to if isinstance(x, Layers))
 
 
-def _tiles(rows: int, columns: int, how: Arithmetic, *operands: Layers) -> LinearTiles:
+def _tiles(
+    sizes: Sizes,
+    product: tuple[int, int],
+    how: Arithmetic,
+    operands: Sequence[Layers],
+    others: Sequence[Layers | None] = (),
+) -> LinearTiles:
     widest = max(x.data.element_size() for x in operands)
-    return linear_tiles(rows, columns, widest, how.precision, architecture_of(operands[0].data.device))
+    even = sizes.d_in % 16 == sizes.d_out % 16 == 0
+    even = even and all(x is None or x.align.value > 1 for x in (*operands, *others))
+    return linear_tiles(*product, widest, how.precision, architecture_of(operands[0].data.device), even)
 
 
-def _options(
-    tiles: LinearTiles, sizes: Sizes, operands: Sequence[Layers | None], layers: Sequence[Layers | None]
-) -> dict[str, Any]:
-    even = sizes.d_in % 16 == sizes.d_out % 16 == 0 and all(x is None or x.align.value > 1 for x in operands)
+def _options(tiles: LinearTiles, *layers: Layers | None) -> dict[str, Any]:
     return {
         # whether offsets within a layer need 64 bits; beyond its end lies at most a tile
         "WIDE": max(extent(x.data) for x in layers if x is not None) > INT32_MAX - 2**20,
@@ -179,5 +184,5 @@ def _options(
         "BLOCK_K": tiles.depth,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
-        "maxnreg": tiles.registers if even else MOST_REGISTERS,  # of which no result depends; uneven: many addresses
+        "maxnreg": tiles.registers,
     }

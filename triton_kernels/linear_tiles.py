@@ -27,12 +27,15 @@ class LinearTiles:
     registers: int  # of a thread at most; left to itself, the compiler spills a few to have more programs at a time
 
 
-def linear_tiles(rows: int, columns: int, widest: int, precision: str, architecture: int) -> LinearTiles:
+def linear_tiles(
+    rows: int, columns: int, widest: int, precision: str, architecture: int, even: bool = True
+) -> LinearTiles:
     """The tiles of products (rows, columns), from the numbers alone that one layer has.
 
     widest: bytes of an element of the widest tensor that is read for the product.
     precision: "half", "tf32", "ieee" (float32 without tensor cores) or "float64".
     architecture: 90 for compute capability 9.0.
+    even: whether all that is read and written is aligned; what is not takes many registers for addresses.
     """
     if precision == "float64":
         return LinearTiles(32, 32, 16, parts=1, num_warps=4, num_stages=2, registers=MOST_REGISTERS)
@@ -40,23 +43,23 @@ def linear_tiles(rows: int, columns: int, widest: int, precision: str, architect
         return LinearTiles(64, 64, 16, parts=1, num_warps=4, num_stages=2, registers=MOST_REGISTERS)
     block_rows = 128 if rows > 64 else 64
     block_columns = 128 if columns > 64 else 64 if columns > 32 else 32
-    # 4 warps, which multiply together with wgmma, get all the registers that there are: with 8 warps of 128 registers
-    # the step of lambda in the epilogue spills 16 bytes
-    whole = architecture == 90 and widest == 2 and block_rows * block_columns == 128 * 128
-    num_warps = 8 if block_rows * block_columns > 64 * 64 and not whole else 4
+    largest, hopper = block_rows * block_columns == 128 * 128, architecture == 90 and widest == 2
+    num_warps, registers = 4, 168  # 3 programs
+    if block_rows * block_columns > 64 * 64:
+        num_warps, registers = 8, 128 if hopper else MOST_REGISTERS  # 2 programs, or 1
+    if largest and hopper and even:
+        # 2 programs too; with 8 warps of 128 registers the step of lambda in the epilogue spills 16 bytes
+        num_warps, registers = 4, MOST_REGISTERS
     numbers = block_rows * block_columns // (32 * num_warps)  # of the tile, for a thread
     deep = architecture >= 90  # before, activated operands of a product 128 bytes deep do not fit the registers
-    registers = 168  # 3 programs of 4 warps
-    if architecture == 90 and widest == 2:
-        registers = MOST_REGISTERS if whole else 128 if num_warps == 8 else 168  # 2 programs either way, or 3
     return LinearTiles(
         block_rows,
         block_columns,
         depth=(128 if deep else 64) // widest,
-        parts=max(numbers // (16 if whole else 8), 1),
+        parts=min(max(numbers // 8, 1), 8),
         num_warps=num_warps,
         num_stages=3 if deep else 4,
-        registers=registers,
+        registers=registers if even else MOST_REGISTERS,
     )
 
 

@@ -8,6 +8,7 @@ step_size times the gradient of sum_t |z_t - zhat_t|^2 / 2 + L, and then the wei
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.nn import functional
 import lgd_kernels as lgd
 from bench.peers import Expected, Outputs, Problem, compiled
 from bench.workloads import SHALLOW, DecoupledStepWorkload
+from lgd_kernels import backends, reference
 
 STEP_SIZE, LR, MOMENTUM = 0.1, 1e-2, 0.9
 CHECKED_CALLS = 2  # the first one alone would not show a momentum that is left out
@@ -46,8 +48,8 @@ def make_state(workload: DecoupledStepWorkload) -> State:
     T, n, d = workload.depth, workload.n_samples, workload.width
     x, y = torch.randn(2, n, d, generator=generator)
     z, weight = torch.randn(T - 1, n, d, generator=generator), torch.randn(T, d, d, generator=generator) / d**0.5
-    dtype = getattr(torch, workload.dtype)
-    return State(x.to(dtype), y.to(dtype), z.to(dtype), weight, torch.zeros(T, d))
+    samples = (tensor.to(workload.device, getattr(torch, workload.dtype)) for tensor in (x, y, z))
+    return State(*samples, weight.to(workload.device), torch.zeros(T, d, device=workload.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def feed_forward_loss(x: Tensor, y: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def backpropagation(state: State, loss_of: Callable[..., Tensor]) -> Callable[[], Outputs]:
-    """A step of torch.optim.SGD, fused, as fast as it gets on a CPU."""
+    """A step of torch.optim.SGD, fused, which is the fastest."""
     parameters = [p.clone().requires_grad_() for p in (*state.weight, *state.bias)]
     optimizer = torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, fused=True)
 
@@ -89,7 +91,7 @@ def batched_backpropagation(state: State) -> Callable[[], Outputs]:
     T, n, dtype = len(state.weight), len(state.x), state.x.dtype
     weight, bias = state.weight.clone(), state.bias.clone()
     momentum, momentum_of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-    inputs, deltas = (torch.empty(T, *state.x.shape, dtype=dtype) for _ in range(2))
+    inputs, deltas = (state.x.new_empty(T, *state.x.shape) for _ in range(2))
     inputs[0] = state.x
 
     def step() -> Outputs:
@@ -153,12 +155,14 @@ def decoupled_with_bmm(state: State, step_of: Callable) -> Callable[[], Outputs]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def decoupled_by_us(state: State) -> Callable[[], Outputs]:
+def decoupled_by_us(state: State, backend: str = "auto") -> Callable[[], Outputs]:
     optimizer = torch.optim.SGD([state.weight, state.bias], lr=LR, momentum=MOMENTUM)
     options = {"head": "squared", "step_size": STEP_SIZE, "optimizer": optimizer}
+    visit = lgd.capture_step(state.x, state.z, state.weight, state.bias, state.y, **options)
 
     def step() -> Outputs:
-        lgd.decoupled_step_(state.x, state.z, state.weight, state.bias, state.y, **options)
+        with backends.force(backend):
+            visit()
         return {"z": state.z, "weight": state.weight, "bias": state.bias}
 
     return step
@@ -167,7 +171,7 @@ def decoupled_by_us(state: State) -> Callable[[], Outputs]:
 def shallow_by_us(workload: DecoupledStepWorkload) -> Callable[[], Outputs]:
     """The same number of products with fewer layers and more samples; checked as a workload of its own."""
     n_samples = workload.depth * workload.n_samples // SHALLOW
-    shallow = DecoupledStepWorkload(SHALLOW, workload.width, n_samples, workload.dtype)
+    shallow = DecoupledStepWorkload(SHALLOW, workload.width, n_samples, workload.dtype, device=workload.device)
     step = decoupled_by_us(make_state(shallow))
 
     def without_outputs() -> Outputs:
@@ -182,20 +186,51 @@ def _copy(destination: Tensor, source: Tensor) -> Outputs:
 
 
 def _call(peer: str, workload: DecoupledStepWorkload) -> Callable[[], Outputs]:
-    state = make_state(workload)
+    state, device = make_state(workload), workload.device
     calls = {
         "copy": lambda: functools.partial(_copy, torch.zeros_like(state.z), state.z),
         "eager": lambda: backpropagation(state, feed_forward_loss),
-        "compiled": lambda: backpropagation(state, compiled(feed_forward_loss)),
-        "batched": lambda: batched_backpropagation(state),
-        "bmm": lambda: decoupled_with_bmm(state, step_with_bmm_),
-        "bmm_compiled": lambda: decoupled_with_bmm(state, compiled(step_with_bmm_)),
+        "eager_graph": lambda: as_graph(backpropagation(state, feed_forward_loss), device),
+        "compiled": lambda: as_graph(backpropagation(state, compiled(feed_forward_loss, device)), device),
+        "batched": lambda: as_graph(batched_backpropagation(state), device),
+        "bmm": lambda: as_graph(decoupled_with_bmm(state, step_with_bmm_), device),
+        "bmm_compiled": lambda: as_graph(decoupled_with_bmm(state, compiled(step_with_bmm_, device)), device),
         "shallow": lambda: shallow_by_us(workload),
+        "cuda": lambda: decoupled_by_us(state, "cuda"),
+        "triton": lambda: decoupled_by_us(state, "triton"),
         "ours": lambda: decoupled_by_us(state),
     }
     if peer not in calls:
         raise ValueError(f"peers: unknown peer {peer!r}")
     return calls[peer]()
+
+
+def as_graph(step: Callable[[], Outputs], device: str) -> Callable[[], Outputs]:
+    """The step; on a GPU, once its results have been checked, as a CUDA graph, so that no kernel waits for the host."""
+    return Graph(step) if device == "cuda" else step
+
+
+class Graph:
+    """A step that is captured once it has run often enough to have allocated and compiled what it needs."""
+
+    def __init__(self, step: Callable[[], Outputs]):
+        self._step, self._calls, self._graph = step, 0, None
+        self._stream = torch.cuda.Stream()  # what autograd allocates must not belong to the stream that is not captured
+
+    def __call__(self) -> Outputs:
+        self._calls += 1
+        if self._calls <= CHECKED_CALLS:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                outputs = self._step()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return outputs
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._outputs = self._step()
+        self._graph.replay()
+        return self._outputs
 
 
 def prepare(workload: DecoupledStepWorkload) -> Problem:
@@ -204,14 +239,24 @@ def prepare(workload: DecoupledStepWorkload) -> Problem:
     T, n, d = workload.depth, workload.n_samples, workload.width
     state = make_state(workload)
     return Problem(
-        calls={peer: _call(peer, workload) for peer in workload.peers},
+        calls={peer: _call(peer, workload) for peer in workload.peers if _is_here(peer)},
         before_each_call=lambda: None,  # z and the weights go on from where they are, as in training
         expected=lambda: expected_outputs(workload),
         copied_bytes=2 * state.z.nbytes,
         least_bytes=2 * (state.z.nbytes + 2 * state.weight.nbytes),  # z, weight and momentum, read and written
         flops=(4 * T - 1) * 2 * n * d * d,  # the input of the first layer has no gradient
         checked_calls=CHECKED_CALLS,
+        device=workload.device,
     )
+
+
+def _is_here(peer: str) -> bool:
+    """Whether this machine has a backend of that name with the op; other peers are everywhere."""
+    if peer not in ("cuda", "triton"):
+        return True
+    with contextlib.suppress(RuntimeError), backends.force(peer):
+        return backends.implementation("decoupled_step_", "cuda") is not reference
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ SIZES = {
     "tall": (512, 512),
     "uneven": (77, 77),
 }
+ONE = ("64", "tall", "uneven")  # of every kind of tile
 KERNELS = ("forward", "forward_pre", "input_gradient", "weight_gradient")
 # of decoupled_step_: the same kernels with more in their epilogues, and so the ones to see every tile with
 STEP_KERNELS = ("step_forward", "step_of_z", "step_of_weight")
@@ -78,17 +79,19 @@ class LayerVariant(NamedTuple):
 
 def layer_variants() -> list[LayerVariant]:
     """local_residual on contiguous layers, on rows that lie apart and on uneven ones; the products of decoupled_step_
-    with every tile in bfloat16 and float32, the others with the largest; and for one architecture these with every tile
-    too, and the largest in the dtypes that are like bfloat16 and float32 or have but one."""
+    with every tile in bfloat16 and with a few in float32, the others with the largest; and for one architecture all of
+    them with every tile, and the largest in the dtypes that are like bfloat16 and float32 or have but one."""
     dtypes = ("float32", "bfloat16", "float16", "float64")
     of_residual = itertools.product(["local_residual"], dtypes, ("tall", "apart", "uneven"))
-    of_step = itertools.product(STEP_KERNELS, ("bfloat16", "tf32"), SIZES)
+    of_step = [*itertools.product(STEP_KERNELS, ("bfloat16",), SIZES), *itertools.product(STEP_KERNELS, ("tf32",), ONE)]
     of_products = itertools.product(KERNELS, ("bfloat16", "tf32"), ("tall",))
     others = [*itertools.product(KERNELS, ("bfloat16",), SIZES), *itertools.product(KERNELS, ("tf32",), ("uneven",))]
+    others += itertools.product(STEP_KERNELS, ("tf32",), SIZES)
     others += itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
     others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("tall",))
     everywhere = itertools.product([*of_residual, *of_step, *of_products], ARCHITECTURES)
-    return [LayerVariant(*variant, architecture) for variant, architecture in [*everywhere, *((v, 90) for v in others)]]
+    chosen = [*everywhere, *((v, 90) for v in others)]
+    return list(dict.fromkeys(LayerVariant(*variant, architecture) for variant, architecture in chosen))
 
 
 def _residual_launch(variant: LayerVariant) -> tuple:
