@@ -24,6 +24,10 @@ move; on a GPU nothing has been measured yet.
                                                                                  keeps up to 32,768 classes
     count_labels                        -                               cuda
 
+decoupled_step_ multiplies by tiles with everything in their epilogues, all layers of a shape in one launch, or by
+cuBLAS with a kernel of its own after it: from width 4096 on in 16 bits and tf32, from 256 on in exact float32, where
+the layers of a stack lie equally far apart (`triton_kernels/linear_library.py` says why; counted as well).
+
 The environment variable LGD_BACKEND, read at import, or `backends.force(name)` picks one for all ops; what it has no
 kernel for, plain PyTorch answers. With TRITON_INTERPRET=1 the Triton kernels also run on the CPU, in Triton's
 interpreter, when they are forced: for tests.
@@ -184,6 +188,7 @@ def describe() -> str:
     kernels, missing_because = _load_triton()
     lines.append(f"Triton              {'yes' if kernels else f'no: {missing_because}'}")
     lines.append(f"CUDA device         {_about_cuda_device()}")
+    lines.append(f"decoupled_step_     {_about_products()}")
     lines += ["", f"{'op':36}{'cpu':12}cuda"]
     for op in ops.names():
         cpu, cuda = (_name_of(implementation(op, device), device) for device in ("cpu", "cuda"))
@@ -195,6 +200,15 @@ def _about_cuda_kernels() -> str:
     if not _cuda_ops():
         return f"no: {_HOW_TO_BUILD_CUDA}"
     return "yes: built with CUDA {}.{}".format(*divmod(extension.cuda_version() // 10, 100))
+
+
+def _about_products() -> str:
+    if not _load_triton()[0]:
+        return "on CUDA: plain PyTorch"
+    widths = importlib.import_module("lgd_kernels.triton_kernels.linear_library").WIDTHS
+    names = {"half": "16 bits", "tf32": "tf32", "ieee": "float32"}
+    library = ", ".join(f"{widths[precision]} ({name})" for precision, name in names.items())
+    return f"on CUDA: products by fused tiles, by cuBLAS from width {library}"
 
 
 def _about_cuda_device() -> str:

@@ -9,10 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from cases import dtype_name
+from step_nets import clone, listed, make, step
 
-from lgd_kernels import reference
+from lgd_kernels import backends, reference
 from lgd_kernels.triton_kernels import decoupled_linear as linear_kernels
-from lgd_kernels.triton_kernels import layers, linear_launches, linear_tiles
+from lgd_kernels.triton_kernels import decoupled_step as step_kernels
+from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, linear_tiles, operands
 from lgd_kernels.triton_kernels import local_residual as residual_kernels
 from lgd_kernels.triton_kernels.activations import activated, hidden_loss
 
@@ -254,6 +256,70 @@ def test_decoupled_linear_refuses_wrong_shapes():
         run_linear(linear_kernels, lists, activation[:1], numbers, True)
     with pytest.raises(ValueError, match="bias: has 2 stacks, but z has 1"):
         run_linear(linear_kernels, [*lists[:2], lists[2] * 2, *lists[3:]], activation, numbers, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoupled_step_
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_nets(dtype, T=5):
+    """Two equal nets: of T layers of one width in stacks, and a smaller one at the end."""
+    tensors = make((6,) * (T + 1) + (3,), n=9, dtype=dtype, velocity=True)
+    tensors |= {name: torch.stack(tensors[name]) for name in ("z", "multiplier", "velocity")}
+    tensors |= {name: [torch.stack(tensors[name][:T]), tensors[name][T]] for name in ("weight", "bias")}
+    return tensors, clone(tensors)
+
+
+def visit(tensors, preactivation):
+    with backends.force("triton"):
+        return step(tensors, steps=2, z_momentum=0.5, skip=1.0, dual_step=0.3, preactivation=preactivation)
+
+
+@by_preactivation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_products_of_the_library(dtype, preactivation, monkeypatch):
+    """The same visit as with tiles, to the rounding of the order of sums; all products are the library's then."""
+    by_tiles, by_library = step_nets(dtype)
+    expected = visit(by_tiles, preactivation)
+    monkeypatch.setattr(linear_library, "WIDTHS", {"half": 1, "ieee": 1})
+    for name in ("launch_forward", "launch_input_gradient", "launch_weight_gradient"):
+        monkeypatch.setattr(step_kernels, name, None)  # a call of it would raise
+    torch.testing.assert_close(visit(by_library, preactivation), expected)
+    for name in ("z", "multiplier", "velocity", "weight", "bias"):
+        for a, b in zip(listed(by_library[name]), listed(by_tiles[name]), strict=True):
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_when_products_are_the_librarys():
+    def takes(samples, d_in, d_out, precision):
+        return linear_library.takes_library(linear_launches.Sizes(2, samples, d_in, d_out), precision)
+
+    assert takes(4096, 4096, 8192, "half") and not takes(4096, 4095, 8192, "half") and not takes(64, 4096, 4096, "half")
+    assert takes(256, 256, 256, "ieee") and not takes(256, 256, 128, "ieee")
+    assert not takes(2**14, 2**14, 2**14, "float64")
+
+
+def test_layers_that_are_not_equally_far_apart_are_no_batch():
+    stack, other = torch.zeros(5, 2, 3), torch.zeros(1, 2, 3)
+    of_stacks = layers.LayerList([stack, other])
+    assert of_stacks.batch([1, 3]).data_ptr() == stack[1].data_ptr() and len(of_stacks.batch([1, 3])) == 2
+    assert of_stacks.batch([5]).data_ptr() == other.data_ptr()
+    assert all(of_stacks.batch(chosen) is None for chosen in ([0, 1, 3], [4, 5], [3, 1]))
+
+
+def test_launches_of_a_visit_do_not_depend_on_the_depth(monkeypatch):
+    seen = []
+    for module in (linear_launches, layers, operands):
+        monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: seen.append(kernel))
+    counts = set()
+    for T in (2, 5, 40):
+        seen.clear()
+        visit(step_nets(torch.bfloat16, T)[0], preactivation=True)
+        counts.add(len(seen))
+    # twice weights, 3 passes of 3 shapes, z of 2 shapes twice, 3 energies less that of the head, 2 x 3 gradients
+    assert counts == {2 + 3 * 3 + 2 * 2 + 2 + 2 * 3}
 
 
 def test_linear_tiles_depend_on_one_layer():

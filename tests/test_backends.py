@@ -126,6 +126,7 @@ def test_show_backends_with_cuda_kernels(cuda_kernels, monkeypatch, capsys):
     lines = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
     assert lines["softmax_infogain"] == ["cpp", "cuda"]
     assert lines["decoupled_step_"] == ["cpp", "triton"]
+    assert "decoupled_step_     on CUDA: products by fused tiles, by cuBLAS from width 4096 (16 bits)" in output
 
 
 def test_every_op_passes_its_logits_on(monkeypatch):

@@ -6,6 +6,8 @@ pass over the layers is a launch for all layers of one shape and activation (lin
     forward              the step of lambda, q and delta are in the epilogue; raw logits are stored for a softmax alone
     input gradient       the step of z is in the epilogue
     parameter gradients  the optimizer's step is in the epilogue
+
+Where linear_library.py says so, a product is the library's, and the epilogue a launch of its own.
 """
 
 from __future__ import annotations
@@ -17,12 +19,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from . import linear_library
 from .activations import SQUARED
-from .common import INT32_MAX, extent, launch
 from .layers import (
     LayerList,
     LayerNumbers,
@@ -30,10 +30,8 @@ from .layers import (
     ResidualIo,
     accumulation_dtype,
     grouped,
-    load_layers,
     numbers_of_layers,
     stack_layers,
-    store_layers,
     sum_energy,
     table,
     workspace,
@@ -47,52 +45,19 @@ from .linear_launches import (
     phi_and_f,
 )
 from .linear_tiles import Arithmetic, arithmetic
-from .local_residual import residual_tiles
+from .operands import store_operands
 from .softmax_infogain import softmax_infogain
 from .update_rules import RULES, UPDATE_NUMBERS, Hidden, Parameters, adam, move_hidden, sgd
 
 OPS = ("decoupled_step_",)
 
 
-@triton.jit
-def round_kernel(
-    layers, to, n_rows, n_columns, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    """A tile (BLOCK_R, BLOCK_C) of a layer in the dtype of `to`."""
-    column_tiles = tl.cdiv(n_columns, BLOCK_C)
-    n_tiles = column_tiles * tl.cdiv(n_rows, BLOCK_R)
-    layer, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
-    row_tile, column_tile = tile // column_tiles, tile % column_tiles
-    if WIDE:
-        row_tile, column_tile = row_tile.to(tl.int64), column_tile.to(tl.int64)
-    rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = column_tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-    x = load_layers(layers, layer, rows, columns, mask, to.data.dtype.element_ty)  # (BLOCK_R, BLOCK_C)
-    store_layers(to, layer, rows, columns, mask, x)
-
-
-def rounded(layers: LayerList, like: Tensor, dtype: torch.dtype) -> LayerList:
-    """The layers in another dtype: once for all products of a visit, which reads half as much then."""
+def rounded(layers: LayerList, like: Tensor, how: Arithmetic) -> LayerList:
+    """The layers as products read them: rounded once for all products of a visit."""
     shapes = [layers.shape(t) for t in range(len(layers))]
-    to = workspace(like, shapes, dtype)
-    for chosen in grouped([layers.key(t) for t in range(len(layers))]):
-        rows, columns = shapes[chosen[0]]
-        of_layers, tiles = layers.choose(chosen), residual_tiles(rows, columns, dtype)
-        n_tiles = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
-        launch(
-            round_kernel,
-            (len(chosen) * n_tiles,),
-            like,
-            of_layers,
-            to.choose(chosen),
-            rows,
-            columns,
-            WIDE=extent(of_layers.data) > INT32_MAX - 2**20,
-            BLOCK_R=tiles.rows,
-            BLOCK_C=tiles.columns,
-            num_warps=tiles.num_warps,
-        )
+    to = workspace(like, shapes, how.rounded)
+    for chosen in grouped([(layers.key(t), shapes[t]) for t in range(len(layers))]):
+        store_operands(layers.choose(chosen), to.choose(chosen), len(chosen), how)
     return to
 
 
@@ -151,12 +116,23 @@ class Net:
         return Sizes(len(chosen), len(self.x), d_in, d_out)
 
     def groups(self, layers: Sequence[int], *keys: Callable[[int], Hashable]) -> list[tuple[int, ...]]:
-        """The layers, in groups that one launch can take: of one activation, and with equal keys."""
-        of_all = (self.activation.__getitem__, self.inputs.key, self.products.key, *keys)
+        """The layers, in groups that one launch can take: of one activation, and with equal keys; for the library of one
+        stack of inputs too."""
+        of_all = (self.activation.__getitem__, self.inputs.key, self.products.key, self.stack_for_library, *keys)
         return [tuple(layers[i] for i in g) for g in grouped([tuple(key(t) for key in of_all) for t in layers])]
 
     def phi_and_f(self, chosen: Sequence[int]) -> tuple[int, int]:
         return phi_and_f(self.activation[chosen[0]], self.preactivation)
+
+    def stack_for_library(self, t: int) -> int | None:
+        return self.inputs.places[t][0] if linear_library.takes_library(self.sizes([t]), self.how.precision) else None
+
+    def for_library(self, chosen: Sequence[int], *lists: LayerList) -> tuple[Tensor, ...] | None:
+        """The chosen layers of the lists as tensors (L, ..), where the library is to multiply them and can."""
+        if not linear_library.takes_library(self.sizes(chosen), self.how.precision):
+            return None
+        batches = tuple(layers.batch(chosen) for layers in lists)
+        return None if any(batch is None for batch in batches) else batches
 
     def if_skip(self, chosen: Sequence[int], layers: LayerList) -> Layers | None:
         return layers.choose(chosen) if any(self.numbers[t].skip for t in chosen) else None
@@ -185,11 +161,13 @@ class Net:
     def _launch_forward(
         self, chosen: tuple[int, ...], io: ResidualIo, dual_step: float, hidden_loss: int, energy: Tensor | None
     ) -> None:
-        tensors = (self.inputs.choose(chosen), self.products.choose(chosen), self.bias.value.choose(chosen), io)
-        numbers = [self.numbers[t]._replace(dual_step=dual_step) for t in chosen]
-        partial = launch_forward(
-            self.sizes(chosen), *tensors, numbers, self.how, *self.phi_and_f(chosen), hidden_loss
-        )  # fmt: skip
+        bias, numbers = self.bias.value.choose(chosen), [self.numbers[t]._replace(dual_step=dual_step) for t in chosen]
+        rest = (bias, io, numbers, self.how, *self.phi_and_f(chosen), hidden_loss)
+        if batches := self.for_library(chosen, self.inputs, self.products):
+            partial = linear_library.launch_forward(*batches, *rest)
+        else:
+            operands = (self.inputs.choose(chosen), self.products.choose(chosen))
+            partial = launch_forward(self.sizes(chosen), *operands, *rest)
         if energy is not None:
             sum_energy(partial, energy, chosen)
 
@@ -228,19 +206,13 @@ class Net:
             below = [t - 1 for t in chosen]
             numbers, z = [self.numbers[t] for t in chosen], self.inputs.choose(chosen)
             on_device = numbers_of_layers(numbers, self.how.accumulate, self.x.device)
-            launch_input_gradient(
-                self.sizes(chosen),
-                z,
-                self.products.choose(chosen),
-                self.delta.choose(chosen),
-                self.if_skip(chosen, self.q),
-                None,
-                Hidden(z, self.velocity.choose(below), self.q.choose(below), on_device),
-                numbers,
-                self.how,
-                self.phi_and_f(chosen)[0],
-                move_hidden,
-            )
+            to = Hidden(z, self.velocity.choose(below), self.q.choose(below), on_device)
+            q, rest = self.if_skip(chosen, self.q), (to, numbers, self.how, self.phi_and_f(chosen)[0], move_hidden)
+            if batches := self.for_library(chosen, self.delta, self.products):
+                linear_library.launch_input_gradient(*batches, z, q, *rest)
+            else:
+                operands = (z, self.products.choose(chosen), self.delta.choose(chosen))
+                launch_input_gradient(self.sizes(chosen), *operands, q, None, *rest)
 
     def step_of_parameters(self, rule: int) -> None:
         """The optimizer's step with the mean of the gradients over the samples."""
@@ -249,17 +221,12 @@ class Net:
             factors = table((mean,) * len(chosen), self.how.accumulate, self.x.device)
             sizes, upstream = self.sizes(chosen), stack_layers(factors, tuple(range(len(chosen))))
             delta, bias = self.delta.choose(chosen), self.bias.choose(chosen)
-            launch_weight_gradient(
-                sizes,
-                self.inputs.choose(chosen),
-                delta,
-                upstream,
-                self.weight.choose(chosen),
-                [self.numbers[t] for t in chosen],
-                self.how,
-                self.phi_and_f(chosen)[0],
-                RULES[rule],
-            )
+            to, numbers = self.weight.choose(chosen), [self.numbers[t] for t in chosen]
+            rest = (upstream, to, numbers, self.how, self.phi_and_f(chosen)[0], RULES[rule])
+            if batches := self.for_library(chosen, self.inputs, self.delta):
+                linear_library.launch_weight_gradient(*batches, *rest)
+            else:
+                launch_weight_gradient(sizes, self.inputs.choose(chosen), delta, *rest)
             if bias is not None:
                 launch_bias_gradient(sizes, delta, upstream, bias, self.how, RULES[rule])
 
@@ -310,6 +277,7 @@ def decoupled_step_(
     """Move z and multiplier, then the parameters; returns the energies (T,) that the parameters' step starts from."""
     accumulate = accumulation_dtype(x.dtype)
     operands = x.dtype if x.dtype == torch.bfloat16 else accumulate
+    how = arithmetic(x.dtype, operands)
     of_weight, of_bias = (
         Optimized(*map(LayerList, lists), update_numbers, first_row)
         for lists, first_row in (
@@ -326,14 +294,14 @@ def decoupled_step_(
         *hidden,
         of_weight,
         of_bias,
-        of_weight.value if operands == accumulate else rounded(of_weight.value, x, operands),
+        of_weight.value if operands == accumulate else rounded(of_weight.value, x, how),
         workspace(x, shapes, operands),
         workspace(x, shapes, accumulate),
         activation,
         preactivation,
         hidden_loss,
         [LayerNumbers(r, c, s, 0.0, kappa, step_size, z_momentum) for r, c, s in per_layer],
-        arithmetic(x.dtype, operands),
+        how,
     )
     energy = x.new_empty(len(activation), dtype=accumulate)
     head = SoftmaxHead(target, (matrix, background, diagonal, crow, col, values), ignore_index)

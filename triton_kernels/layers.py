@@ -124,6 +124,15 @@ class LayerList:
         offsets = tuple((address - start) // size for address in addresses)
         return _layers(first, offsets, offsets)
 
+    def batch(self, chosen: Sequence[int]) -> Tensor | None:
+        """The chosen layers as one tensor, where they are equally far apart in one stack."""
+        stacks, positions = zip(*(self.places[t] for t in chosen), strict=True)
+        apart = positions[1] - positions[0] if len(positions) > 1 else 1
+        expected = range(positions[0], positions[0] + apart * len(positions), apart) if apart > 0 else ()
+        if len(set(stacks)) > 1 or positions != tuple(expected):
+            return None
+        return self.stacks[stacks[0]][positions[0] : positions[-1] + 1 : apart]
+
     def _address(self, t: int) -> int:
         i, position = self.places[t]
         stack = self.stacks[i]

@@ -77,6 +77,7 @@ class Arithmetic:
     """What layers are computed in."""
 
     accumulate: torch.dtype
+    rounded: torch.dtype  # of the operands of products
     precision: str  # for the table of tiles
     product: Product
 
@@ -88,7 +89,9 @@ def arithmetic(samples: torch.dtype, rounded: torch.dtype) -> Arithmetic:
     exact = INTERPRETED or precision == "float64"  # Triton's interpreter does not multiply bfloat16
     dtypes = (rounded, accumulate if exact else rounded, accumulate)
     of_dot = tl.constexpr("tf32" if precision == "tf32" else "ieee")
-    return Arithmetic(accumulate, precision, Product(*(tl.constexpr(triton_dtype(dtype)) for dtype in dtypes), of_dot))
+    return Arithmetic(
+        accumulate, rounded, precision, Product(*(tl.constexpr(triton_dtype(dtype)) for dtype in dtypes), of_dot)
+    )
 
 
 def precision_of(operand: torch.dtype) -> str:
