@@ -116,8 +116,8 @@ class Net:
         return Sizes(len(chosen), len(self.x), d_in, d_out)
 
     def groups(self, layers: Sequence[int], *keys: Callable[[int], Hashable]) -> list[tuple[int, ...]]:
-        """The layers, in groups that one launch can take: of one activation, and with equal keys; for the library of one
-        stack of inputs too."""
+        """The layers, in groups that one launch can take: of one activation, and with equal keys; where the library
+        multiplies, from one stack of inputs."""
         of_all = (self.activation.__getitem__, self.inputs.key, self.products.key, self.stack_for_library, *keys)
         return [tuple(layers[i] for i in g) for g in grouped([tuple(key(t) for key in of_all) for t in layers])]
 

@@ -213,9 +213,7 @@ def _operand(z: Tensor, how: Arithmetic, phi: int) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, how: Arithmetic) -> Tensor:
     """a b (L, rows, columns) in the accumulation type."""
-    with torch.autocast(a.device.type, enabled=False):
-        if how.rounded == how.accumulate:
-            return torch.bmm(a, b)
-        if a.is_cuda:
-            return torch.bmm(a, b, out_dtype=how.accumulate)
-        return torch.bmm(a.to(how.accumulate), b.to(how.accumulate))
+    if a.is_cuda:
+        with torch.autocast("cuda", enabled=False):
+            return torch.bmm(a, b, **({} if how.rounded == how.accumulate else {"out_dtype": how.accumulate}))
+    return torch.bmm(a.to(how.accumulate), b.to(how.accumulate))

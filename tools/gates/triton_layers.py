@@ -32,11 +32,25 @@ SIZES = {
     "tall_64": (512, 64),
     "tall": (512, 512),
     "uneven": (77, 77),
+    "library": (4096, 4096),
 }
+TILED = tuple(size for size in SIZES if size != "library")
 ONE = ("64", "tall", "uneven")  # of every kind of tile
 KERNELS = ("forward", "forward_pre", "input_gradient", "weight_gradient")
 # of decoupled_step_: the same kernels with more in their epilogues, and so the ones to see every tile with
-STEP_KERNELS = ("step_forward", "step_of_z", "step_of_weight")
+STEP_KERNELS = {
+    "step_forward": "forward_kernel",
+    "step_of_z": "input_gradient_kernel",
+    "step_of_weight": "weight_gradient_kernel",
+}
+# and those that go with products of the library, and around them; "rounding": of the weights
+LIBRARY_KERNELS = {
+    "judge_products": "judge_kernel",
+    "finish_input": "finish_input_kernel",
+    "finish_weight": "finish_weight_kernel",
+    "rounding": "operand_kernel",
+    "step_of_bias": "bias_gradient_kernel",
+}
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block has; 80: on 8.6 and 8.9 too
 
 
@@ -55,12 +69,14 @@ class LayerVariant(NamedTuple):
     @property
     def multiplies_half(self) -> bool:
         """Whether operands have 16 bits; decoupled_step_ keeps those of float16 in single precision."""
+        if self.kernel not in KERNELS and self.kernel not in STEP_KERNELS:
+            return False
         of_step = self.kernel in STEP_KERNELS
         return self.precision == "bfloat16" or (self.precision == "float16" and not of_step)
 
     def launch(self) -> tuple:
         """(kernel, arguments, options)."""
-        if self.kernel in STEP_KERNELS:
+        if self.kernel in STEP_KERNELS or self.kernel in LIBRARY_KERNELS:
             return _step_launch(self)
         return _residual_launch(self) if self.kernel == "local_residual" else _linear_launch(self)
 
@@ -70,7 +86,7 @@ class LayerVariant(NamedTuple):
             yield f"{report.shared} bytes of shared memory"
         if self.size != "uneven" and not report.wide_loads:
             yield "no load of 16 bytes"
-        if self.size != "uneven" and not report.wide_stores:
+        if self.size != "uneven" and not report.wide_stores and self.kernel != "step_of_bias":  # it stores 64 numbers
             yield "no store of 16 bytes"
         planned = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.architecture]
         if self.multiplies_half and report.tensor_cores != planned:
@@ -83,13 +99,14 @@ def layer_variants() -> list[LayerVariant]:
     them with every tile, and the largest in the dtypes that are like bfloat16 and float32 or have but one."""
     dtypes = ("float32", "bfloat16", "float16", "float64")
     of_residual = itertools.product(["local_residual"], dtypes, ("tall", "apart", "uneven"))
-    of_step = [*itertools.product(STEP_KERNELS, ("bfloat16",), SIZES), *itertools.product(STEP_KERNELS, ("tf32",), ONE)]
+    of_step = [*itertools.product(STEP_KERNELS, ("bfloat16",), TILED), *itertools.product(STEP_KERNELS, ("tf32",), ONE)]
     of_products = itertools.product(KERNELS, ("bfloat16", "tf32"), ("tall",))
-    others = [*itertools.product(KERNELS, ("bfloat16",), SIZES), *itertools.product(KERNELS, ("tf32",), ("uneven",))]
-    others += itertools.product(STEP_KERNELS, ("tf32",), SIZES)
+    others = [*itertools.product(KERNELS, ("bfloat16",), TILED), *itertools.product(KERNELS, ("tf32",), ("uneven",))]
+    others += itertools.product(STEP_KERNELS, ("tf32",), TILED)
+    of_library = itertools.product(LIBRARY_KERNELS, ("bfloat16",), ("library",))
     others += itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
     others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("tall",))
-    everywhere = itertools.product([*of_residual, *of_step, *of_products], ARCHITECTURES)
+    everywhere = itertools.product([*of_residual, *of_step, *of_products, *of_library], ARCHITECTURES)
     chosen = [*everywhere, *((v, 90) for v in others)]
     return list(dict.fromkeys(LayerVariant(*variant, architecture) for variant, architecture in chosen))
 
@@ -141,7 +158,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
     import torch
 
     from lgd_kernels.triton_kernels import decoupled_step as module
-    from lgd_kernels.triton_kernels import layers, linear_launches, softmax_infogain
+    from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, operands, softmax_infogain
     from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
 
     (n, d), dtype = SIZES[variant.size], getattr(torch, PRECISIONS[variant.precision][0])
@@ -153,19 +170,17 @@ def _step_launch(variant: LayerVariant) -> tuple:
     hidden = [[empty(LAYERS - 1, n, d)] for _ in ("z", "multiplier", "velocity")]
     weight, bias = ([[empty(LAYERS, *shape, of=of_parameters)] for _ in range(3)] for shape in ((d, d), (d,)))
     one, adam = [1.0] * LAYERS, 3
-    with (
-        _float32_as(variant.precision),
-        recorded(variant.architecture, module, linear_launches, layers, softmax_infogain) as launches,
-    ):
+    modules = (linear_launches, linear_library, operands, layers, softmax_infogain)
+    with _float32_as(variant.precision), recorded(variant.architecture, *modules) as launches:
         module.decoupled_step_(
             *(empty(n, d), *hidden, [], *weight, *bias, empty(n, d), *[None] * 6, -100, True),
             *([GELU_TANH.value] * LAYERS, True, HUBER.value, 1.0, one, one, one),
             *(1, 0.1, 0.5, 0.1, adam, empty(2, 7, of=torch.float64)),
         )
-    kernels = {"step_of_z": "input_gradient_kernel", "step_of_weight": "weight_gradient_kernel"}
-    name = kernels.get(variant.kernel, "forward_kernel")
+    name = STEP_KERNELS.get(variant.kernel) or LIBRARY_KERNELS[variant.kernel]
+    of_kernel = [launch for launch in launches if launch[0].__name__ == name]
     # the last forward pass over hidden layers, with their multipliers' step: the head's comes after it
-    return [launch for launch in launches if launch[0].__name__ == name][-2 if name == "forward_kernel" else -1]
+    return of_kernel[-2 if name in ("forward_kernel", "judge_kernel") else -1]
 
 
 @contextlib.contextmanager
