@@ -326,6 +326,13 @@ def test_a_goal_without_both_times_is_neither_met_nor_missed(median_ms):
     assert (verdict.ratio, verdict.met, verdict.word) == (None, None, "not measured")
 
 
+def test_report_shows_launches_where_there_are_any():
+    lines = report([row("copy", 1.25, launches=1), row("ours", 2.0, launches=17)], [TINY]).splitlines()
+    header = next(i for i, line in enumerate(lines) if "median ms" in line)
+    assert lines[header].endswith("launches") and lines[header + 2].endswith("17")
+    assert "launches" not in report(RUN, [TINY])
+
+
 def test_report_says_which_goals_are_met_and_whether_the_machine_was_busy():
     text = report([*RUN[:3], row("ours", 2.1)], [TINY])
     assert "goal met           ≥ 7x as fast as eager: 7.62" in text
