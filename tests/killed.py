@@ -16,7 +16,7 @@ import torch
 from lgd_kernels.decoupled import files
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "lgd_kernels"])
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "lgd_kernels"])  # optimizers import torch._dynamo: 1.5 s
 ON_FILES = ("write", "fsync", "replace", "replaced")  # the moments of files.save, in their order
 
 Report = Callable[[str], None]

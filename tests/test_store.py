@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels.decoupled import ActivationStore, files
+from lgd_kernels.decoupled import ActivationStore, files, memory
 from lgd_kernels.decoupled import store as store_module
 
 SHAPES = [(3,), (2, 2), (), (5,)]
@@ -94,6 +94,15 @@ def test_values_of_a_batch_suit_decoupled_step_(location, tmp_path):
         lgd.decoupled_step_(x, z, weight, bias, target, multiplier=multiplier, step_size=0.1)
     for ours, theirs in zip([*batch.z, *batch.multiplier], alone[0] + alone[1], strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_memory_of_a_batch_is_checked_without_a_look_at_every_pair(monkeypatch):
+    """decoupled_step_ asks whether its tensors share memory; for 254 layers there are 32,000 pairs."""
+    monkeypatch.setattr(memory, "_overlap", None)
+    batch = ActivationStore(6, [(3,), (1,), (5,)]).gather(rows(1, 3))
+    memory.check_memory({}, {"z": batch.z, "multiplier": batch.multiplier})
+    with pytest.raises(TypeError, match="NoneType"):  # here it does look
+        memory.check_memory({}, {"z": [*batch.z, batch.rows[:, 2:4]]})
 
 
 def test_nothing_at_all(location, tmp_path):

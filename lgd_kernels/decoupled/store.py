@@ -211,7 +211,8 @@ class ActivationStore:
     def _views(self, rows: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
         """z and the multipliers, layer by layer."""
         parts = zip(rows.split(self._widths, dim=1), self.shapes * (1 + self._with_multiplier), strict=True)
-        layers = [part.view(len(rows), *shape) for part, shape in parts]
+        # .data: each with a version of its own, or autograd would take the step of a multiplier for one of z
+        layers = [part.view(len(rows), *shape).data for part, shape in parts]
         n_layers = len(self.shapes)
         return layers[:n_layers], layers[n_layers:] if self._with_multiplier else None
 
