@@ -177,10 +177,10 @@ def test_a_sample_in_both_batches_is_not_stale(location, tmp_path):
     if location != "device":
         store._thread = AtOnce()
     fill(store)
-    running = store.gather(rows(4, 5, 6))
     store.prefetch(rows(9, 6, 0, 4))
-    running.rows.fill_(7.0)
-    store.scatter(running)
+    for running in (store.gather(rows(4, 5)), store.gather(rows(6))):
+        running.rows.fill_(7.0)
+        store.scatter(running)
     coming = store.gather(rows(9, 6, 0, 4)).rows.cpu()
     assert coming[1].eq(7).all() and coming[3].eq(7).all()
     assert torch.equal(coming[[0, 2]], content(store)[[9, 0]])
@@ -240,10 +240,11 @@ def test_random_rounding_keeps_them_on_average(sign):
 
 
 def test_random_rounding_leaves_what_bfloat16_has():
-    values = torch.tensor([[0.0, -0.0, 1.5, -3.0, 2.0**-130, torch.inf, -torch.inf, torch.nan, 3.3895313892515355e38]])
-    kept = scattered(values.repeat(50, 1), rounding_seed=0)
-    assert torch.equal(kept.nan_to_num(7.0), values.repeat(50, 1).nan_to_num(7.0))
-    assert kept[:, 7].isnan().all() and kept[:, 1].signbit().all()
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # by their last bits, all
+    values = torch.tensor([0.0, -0.0, 1.5, -3.0, 2.0**-130, torch.inf, -torch.inf, 3.3895313892515355e38])
+    kept = scattered(torch.cat([values, nans]).repeat(50, 1), rounding_seed=0)
+    assert torch.equal(kept[:, :8], values.repeat(50, 1)) and kept[:, 1].signbit().all()
+    assert kept[:, 8:].isnan().all()
 
 
 def test_random_rounding_is_repeated_by_its_seed_and_after_a_load(tmp_path):
@@ -452,6 +453,12 @@ def test_a_store_of_another_kind_is_not_loaded(other, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         store.load(tmp_path / "saved")
     assert torch.equal(content(store), expected)
+
+
+def test_a_file_of_something_else_is_not_loaded(tmp_path):
+    files.save({"net": torch.zeros(3)}, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"state: expected that of an ActivationStore, with n_samples, .*; got net"):
+        make().load(tmp_path / "saved")
 
 
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):

@@ -41,14 +41,17 @@ class Checkpoints:
         self.folder, self.every, self.keep = Path(folder), every, keep
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after this step, then remove all but the last `keep`.
+        """Write the state after this step, then remove all others but the `keep` - 1 before it. There are later ones
+        only where a run had to go back to an earlier one.
 
         Raises TypeError for a state with something other than tensors and plain containers.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         files.save(state, self.folder / f"checkpoint-{step:09d}.pt")
-        for _, old in self._found()[: -self.keep]:
-            old.unlink()
+        found = self._found()
+        last = 1 + [of for of, _ in found].index(step)
+        for _, path in found[: max(0, last - self.keep)] + found[last:]:
+            path.unlink()
 
     def load(self) -> dict[str, Any] | None:
         """The state of the latest checkpoint that is intact, on the CPU; None if there is none.

@@ -51,7 +51,7 @@ class ActivationStore:
             mapped into memory, so that what the system's cache of files cannot hold waits on the disk.
         device: of the gathered batches; None is torch's default device.
         dtype: of the stored values: float64, float32 or bfloat16. Batches are in float64 for float64, else in float32.
-            A change of a value by less than 1/512 of it may get lost in bfloat16, see rounding_seed.
+            A change of a value by less than 1/256 of it may get lost in bfloat16, see rounding_seed.
         path: of the file, for the location "disk". A file that is there must have the right size, and its values are
             kept; they are whatever the last process wrote last, so that after a crash a checkpoint is the thing to
             load.
@@ -230,7 +230,11 @@ class ActivationStore:
 
         Raises ValueError with both values where the two differ.
         """
-        for name, ours in self._description().items():
+        description = self._description()
+        if not description.keys() <= state.keys():
+            wanted, given = ", ".join(description), ", ".join(state)
+            raise ValueError(f"state: expected that of an ActivationStore, with {wanted}; got {given}")
+        for name, ours in description.items():
             if state[name] != ours:
                 raise ValueError(f"{name}: the saved store has {state[name]}, this one has {ours}")
         self._prefetched = None
