@@ -27,7 +27,7 @@ class History:
     learning_rate: list[float] = field(default_factory=list)  # of the first group of parameters
     step_size: list[float] = field(default_factory=list)  # of z
     rho: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of training and validation
+    seconds: list[float] = field(default_factory=list)  # training and validation; in the first epoch burn-in too
 
     def __len__(self) -> int:
         return len(self.loss)
