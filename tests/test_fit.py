@@ -20,6 +20,7 @@ from lgd_kernels.decoupled import (
     residual_net,
 )
 from lgd_kernels.decoupled.data import Batches
+from lgd_kernels.decoupled.history import EpochSums
 
 N, D, CLASSES, WIDTH = 90, 6, 3, 8
 MODES = {
@@ -132,13 +133,23 @@ def test_the_history_tells_what_happened():
     assert len(lines) == 4 and "validation accuracy" in lines[0] and lines[-1].split()[0] == "2"
 
 
+def test_means_over_an_epoch():
+    """Of two visits of a net with two layers, of 2 and 3 samples."""
+    sums = EpochSums.zero(2, torch.get_default_device())
+    for n, energies, residual, value in ((2, [1.0, 2.0], [3.0], [6.0]), (3, [-2.0, 4.5], [4.0], [8.0])):
+        sums.add_(n, torch.tensor(energies), torch.tensor(residual), torch.tensor(value))
+    assert sums.means() == {"loss": 6.5 / 5, "energy": 5.5 / 5, "residual": [0.5]}
+
+
 def test_ignored_labels_do_not_count_in_the_accuracy():
     x, labels = samples()
-    labels[::2] = 1  # a class, so that the net may answer it
-    net = make_net(ignore_index=1)
-    history = fit(net, (x, labels), 1, validation=(x, labels))
+    labels[::2] = 2  # a class, so that the net may answer it
+    net = make_net(ignore_index=2)
+    history = fit(net, (x, labels), 1, validation=(x, labels), lr=0.0)
     with torch.no_grad():
-        right = (net(x).argmax(1) == labels)[labels != 1].double().mean()
+        answers = net(x).argmax(1)
+    assert ((answers == 2) & (labels == 2)).any()
+    right = (answers == labels)[labels != 2].double().mean()
     assert history.validation_accuracy == [pytest.approx(float(right))]
 
 
