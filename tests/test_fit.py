@@ -241,7 +241,8 @@ def test_the_place_of_the_store_changes_nothing(location, tmp_path):
     path = tmp_path / "map" if location == "disk" else None
     store = lgd.ActivationStore(N, [(WIDTH,)] * 3, location=location, path=path)
     batch = store.gather(torch.arange(N, device="cpu"))
-    batch.rows.fill_(math.nan)  # what was there is overwritten
+    for layer in (*batch.z, *batch.multiplier):
+        layer.fill_(math.nan)  # what was there is overwritten
     store.scatter(batch)
     history = fit(net := make_net(), samples(), validation=samples(), batch_size=25, store=store)
     assert numbers(history) == numbers(expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lgd_kernels as lgd
-from lgd_kernels.decoupled import ActivationStore, files, memory
+from lgd_kernels.decoupled import ActivationStore, files
 from lgd_kernels.decoupled import store as store_module
 
 SHAPES = [(3,), (2, 2), (), (5,)]
@@ -34,11 +34,29 @@ def rows(*indices):
     return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
+def layers(batch):
+    return [*batch.z, *(batch.multiplier or [])]
+
+
+def joined(batch):
+    """The values of a batch side by side, (n, numbers per sample), on the CPU."""
+    return torch.cat([layer.flatten(1) if layer.dim() > 1 else layer.unsqueeze(1) for layer in layers(batch)], 1).cpu()
+
+
+def put(batch, values):
+    """Set those values, or a number for all of them."""
+    sizes = [layer[0].numel() for layer in layers(batch)]
+    columns = torch.as_tensor(values).expand(len(batch.indices), sum(sizes)).split(sizes, 1)
+    for layer, of_layer in zip(layers(batch), columns, strict=True):
+        layer.copy_(of_layer.reshape(layer.shape))
+
+
 def fill(store, seed=0):
     """Random values for all samples, as the store keeps them: (N, numbers per sample), on the CPU."""
     batch = store.gather(torch.arange(N, device="cpu"))
-    values = torch.randn(batch.rows.shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-    batch.rows.copy_(values)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(joined(batch).shape, generator=generator, device="cpu")
+    put(batch, values)
     store.scatter(batch)
     return values.to(store.dtype)
 
@@ -60,10 +78,10 @@ def test_what_is_scattered_is_gathered(location, dtype, multiplier, tmp_path):
     expected = fill(store)
     in_batches = torch.float64 if dtype == torch.float64 else torch.float32
     batch = store.gather(rows(7, 0, 19, 7))
-    assert batch.rows.dtype == in_batches and batch.rows.device == store.device
-    assert torch.equal(batch.rows.cpu(), expected[[7, 0, 19, 7]].to(in_batches))
+    assert all((t.dtype, t.device) == (in_batches, store.device) and t.is_contiguous() for t in layers(batch))
+    assert torch.equal(joined(batch), expected[[7, 0, 19, 7]].to(in_batches))
     batch = store.gather(rows(3, 18))
-    changed = [*batch.z, *(batch.multiplier or [])]
+    changed = layers(batch)
     assert [tuple(t.shape) for t in changed] == [(2, *shape) for shape in SHAPES * (1 + multiplier)]
     for t, tensor in enumerate(changed):
         tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + 100 * t)  # all of them exact in bfloat16
@@ -88,21 +106,9 @@ def test_values_of_a_batch_suit_decoupled_step_(location, tmp_path):
     weight, bias = [torch.randn(5, 3), torch.randn(4, 5), torch.randn(2, 4)], [torch.zeros(d) for d in (5, 4, 2)]
     path = tmp_path / "map" if location == "disk" else None
     batch = ActivationStore(6, [(5,), (4,)], location=location, path=path).gather(rows(5, 0, 2, 3))
-    batch.rows.normal_()
-    alone = [[t.clone() for t in tensors] for tensors in (batch.z, batch.multiplier)]
-    for z, multiplier in ((batch.z, batch.multiplier), alone):
-        lgd.decoupled_step_(x, z, weight, bias, target, multiplier=multiplier, step_size=0.1)
-    for ours, theirs in zip([*batch.z, *batch.multiplier], alone[0] + alone[1], strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_the_memory_of_a_batch_is_checked_without_a_look_at_every_pair(monkeypatch):
-    """decoupled_step_ asks whether its tensors share memory; for 254 layers there are 32,000 pairs."""
-    monkeypatch.setattr(memory, "_overlap", None)
-    batch = ActivationStore(6, [(3,), (1,), (5,)]).gather(rows(1, 3))
-    memory.check_memory({}, {"z": batch.z, "multiplier": batch.multiplier})
-    with pytest.raises(TypeError, match="NoneType"):  # here it does look
-        memory.check_memory({}, {"z": [*batch.z, batch.rows[:, 2:4]]})
+    before = joined(batch)
+    lgd.decoupled_step_(x, batch.z, weight, bias, target, multiplier=batch.multiplier, step_size=0.1)
+    assert not torch.equal(joined(batch), before)
 
 
 def test_nothing_at_all(location, tmp_path):
@@ -111,7 +117,7 @@ def test_nothing_at_all(location, tmp_path):
     batch = store.gather(rows(2, 1))
     assert (batch.z, batch.multiplier, store.nbytes) == ([], [], 0)
     store.scatter(batch)
-    assert make().gather(rows()).rows.shape == (0, 26)
+    assert [tuple(layer.shape) for layer in make().gather(rows()).z] == [(0, *shape) for shape in SHAPES]
 
 
 def test_bytes_are_told_before_and_taken_then(location, tmp_path):
@@ -164,12 +170,12 @@ def test_a_prefetch_changes_no_result(location, thread, tmp_path):
         store.prefetch(coming)
         if torch.rand((), generator=generator, device="cpu") < 0.3:  # somebody else looks in between
             others = torch.randperm(N, generator=generator, device="cpu")[:3]
-            assert torch.equal(store.gather(others).rows.cpu(), expected[others])
-        running.rows.add_(1.0)
+            assert torch.equal(joined(store.gather(others)), expected[others])
+        put(running, joined(running) + 1)
         store.scatter(running)
-        expected[running.indices] = running.rows.cpu()
+        expected[running.indices] = joined(running)
         running = store.gather(coming)
-        assert torch.equal(running.rows.cpu(), expected[coming])
+        assert torch.equal(joined(running), expected[coming])
 
 
 def test_a_sample_in_both_batches_is_not_stale(location, tmp_path):
@@ -179,9 +185,9 @@ def test_a_sample_in_both_batches_is_not_stale(location, tmp_path):
     fill(store)
     store.prefetch(rows(9, 6, 0, 4))
     for running in (store.gather(rows(4, 5)), store.gather(rows(6))):
-        running.rows.fill_(7.0)
+        put(running, 7.0)
         store.scatter(running)
-    coming = store.gather(rows(9, 6, 0, 4)).rows.cpu()
+    coming = joined(store.gather(rows(9, 6, 0, 4)))
     assert coming[1].eq(7).all() and coming[3].eq(7).all()
     assert torch.equal(coming[[0, 2]], content(store)[[9, 0]])
     assert not coming[[0, 2]].eq(7).any()
@@ -196,7 +202,7 @@ def test_a_gather_takes_what_was_prefetched(location, tmp_path, monkeypatch):
     store._prefetched.rows.result()
     reads = []
     monkeypatch.setattr(store, "_read", lambda indices: reads.append(indices))
-    assert torch.equal(store.gather(rows(3, 4)).rows.cpu(), content(store)[[3, 4]])
+    assert torch.equal(joined(store.gather(rows(3, 4))), content(store)[[3, 4]])
     assert reads == []
 
 
@@ -208,7 +214,7 @@ def test_a_load_outdates_a_prefetch(location, tmp_path):
     expected = fill(other, 1)
     store.prefetch(rows(1, 2))
     store.load_state_dict(other.state_dict())
-    assert torch.equal(store.gather(rows(1, 2)).rows.cpu(), expected[[1, 2]])
+    assert torch.equal(joined(store.gather(rows(1, 2))), expected[[1, 2]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def scattered(values, **options):
     """What a store of bfloat16 keeps of these numbers, as float32."""
     store = ActivationStore(len(values), [(values.shape[1],)], multiplier=False, dtype=torch.bfloat16, **options)
     batch = store.gather(torch.arange(len(values), device="cpu"))
-    batch.rows.copy_(values)
+    put(batch, values)
     store.scatter(batch)
     return store.z[0].float()
 
@@ -321,6 +327,16 @@ def test_a_killed_save_leaves_the_former_file(what, count, seed, tmp_path):
     assert (tmp_path / "saved.partial").exists() == (seed == 1)  # it was killed in the middle
     store.save(path)  # and the next save is not disturbed by what is left
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_save_waits_for_the_disk_before_it_replaces(tmp_path, monkeypatch):
+    """What a loss of power could undo otherwise, which no killed process shows."""
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(("fsync", os.fstat(descriptor).st_ino)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
+    make().save(tmp_path / "saved")
+    of_file, of_folder = (path.stat().st_ino for path in (tmp_path / "saved", tmp_path))
+    assert done == [("fsync", of_file), "replace", ("fsync", of_folder)]
 
 
 def test_a_save_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
@@ -428,12 +444,19 @@ def test_refused_batches(location, tmp_path):
     with pytest.raises(ValueError, match="batch: has sample 2 2 times, and it can have one value"):
         store.scatter(batch)
     batch = store.gather(rows(2, 5))
-    with pytest.raises(ValueError, match=r"batch: its rows have shape \(2, 25\), this store's have \(2, 26\)"):
-        store.scatter(batch._replace(rows=batch.rows[:, 1:]))
-    with pytest.raises(ValueError, match=r"batch: its rows have shape \(2, 26\), this store's have \(1, 26\)"):
-        store.scatter(batch._replace(indices=rows(2)))
-    with pytest.raises(TypeError, match=r"batch: its rows are torch\.float64 on .*, this store's are torch\.float32"):
-        store.scatter(batch._replace(rows=batch.rows.double()))
+    for change, error, message in (
+        ({"z": [*batch.z[:-1], batch.z[-1][:, 1:]]}, ValueError, r"z\[3\] has shape \(2, 4\), in .* it has \(2, 5\)"),
+        ({"indices": rows(2)}, ValueError, r"z\[0\] has shape \(2, 3\), in this store it has \(1, 3\)"),
+        ({"multiplier": batch.z[:3]}, ValueError, "multiplier has 3 layers, in this store it has 4"),
+        ({"multiplier": None}, ValueError, "multiplier has 0 layers, in this store it has 4"),
+        (
+            {"z": [layer.double() for layer in batch.z]},
+            TypeError,
+            r"z\[0\] is torch\.float64 on .*it is torch\.float32 on",
+        ),
+    ):
+        with pytest.raises(error, match=f"batch: {message}"):
+            store.scatter(batch._replace(**change))
     assert torch.equal(content(store), expected)
 
 

@@ -10,7 +10,7 @@ decoupled_step.py    one visit of a minibatch of a net of linear layers, in plac
 optimizer_state.py   the state of a torch.optim optimizer as that call takes it
 memory.py            whether tensors share memory
 
-fit.py               the training loop
+training_loop.py     fit
 training.py          all that changes in it, minibatch by minibatch, and how it is saved
 store.py             the hidden values and multipliers of a whole data set
 data.py              minibatches in an order that can be repeated
@@ -21,13 +21,13 @@ files.py             files that are there whole or not at all
 
 from lgd_kernels.decoupled.checkpoint import Checkpoints
 from lgd_kernels.decoupled.decoupled_step import decoupled_step_
-from lgd_kernels.decoupled.fit import Callback, fit
 from lgd_kernels.decoupled.history import History
 from lgd_kernels.decoupled.linear_block import LinearBlock, residual_net
 from lgd_kernels.decoupled.modes import Backpropagation, EpochNumbers, Mode, ReinitializedValues, StoredValues
 from lgd_kernels.decoupled.network import DecoupledNetwork, Visit
 from lgd_kernels.decoupled.store import ActivationStore, StoredBatch
 from lgd_kernels.decoupled.training import Training
+from lgd_kernels.decoupled.training_loop import Callback, fit
 
 __all__ = [
     "ActivationStore",

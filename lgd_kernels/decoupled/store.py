@@ -25,11 +25,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 class StoredBatch(NamedTuple):
-    """The values of some samples, to be moved in place and scattered. z and multiplier are views of rows."""
+    """The values of n samples, to be moved and scattered."""
 
     indices: Tensor  # (n,) int64, on the CPU
-    rows: Tensor  # (n, numbers per sample)
-    z: list[Tensor]  # T-1 tensors (n, *shape)
+    z: list[Tensor]  # T-1 contiguous tensors (n, *shape)
     multiplier: list[Tensor] | None  # like z
 
 
@@ -114,12 +113,12 @@ class ActivationStore:
     @property
     def z(self) -> list[Tensor]:
         """z of all samples, T-1 views (n_samples, *shape) of what is stored; to look at."""
-        return self._views(self._rows)[0]
+        return self._layers(self._rows, contiguous=False)[0]
 
     @property
     def multiplier(self) -> list[Tensor] | None:
         """The multipliers of all samples, like z; None where none are kept."""
-        return self._views(self._rows)[1]
+        return self._layers(self._rows, contiguous=False)[1]
 
     def __len__(self) -> int:
         return self.n_samples
@@ -146,7 +145,8 @@ class ActivationStore:
         self._check_indices(indices)
         rows = self._take(indices)
         rows = self._read(indices) if rows is None else rows
-        return StoredBatch(indices, rows, *self._views(rows))
+        # contiguous: a visit of 127 layers of 64 units took 36 ms then, and 48 with all of them side by side in rows
+        return StoredBatch(indices, *self._layers(rows, contiguous=True))
 
     def scatter(self, batch: StoredBatch) -> None:
         """Put a gathered batch back, with the values that it has now. No sample may be there twice.
@@ -154,10 +154,13 @@ class ActivationStore:
         Raises TypeError and ValueError for a batch that does not fit this store, or has a sample twice.
         """
         self._check_indices(batch.indices)
-        self._check_rows(batch)
+        self._check_batch(batch)
+        if not self.nbytes:
+            return
         if self._prefetched is not None:
             self._prefetched.outdated.append(batch.indices)
-        rows = batch.rows if self.dtype != torch.bfloat16 else _to_bfloat16(batch.rows, self._generator)
+        rows = torch.cat([t.reshape(len(t), -1) for t in (*batch.z, *(batch.multiplier or ()))], dim=1)
+        rows = _to_bfloat16(rows, self._generator) if self.dtype == torch.bfloat16 else rows
         place = self._rows.device
         self._rows.index_copy_(0, batch.indices.to(place), rows.to(place))
 
@@ -208,12 +211,12 @@ class ActivationStore:
         torch.index_select(self._rows, 0, indices.to(place, non_blocking=True), out=rows)
         return rows.to(self.device, non_blocking=True).to(accumulation_dtype(self.dtype))
 
-    def _views(self, rows: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
-        """z and the multipliers, layer by layer."""
-        parts = zip(rows.split(self._widths, dim=1), self.shapes * (1 + self._with_multiplier), strict=True)
-        # .data: each with a version of its own, or autograd would take the step of a multiplier for one of z
-        layers = [part.view(len(rows), *shape).data for part, shape in parts]
-        n_layers = len(self.shapes)
+    def _layers(self, rows: Tensor, *, contiguous: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+        """z and the multipliers, layer by layer; as views, or each in memory of its own."""
+        parts = rows.split(self._widths, dim=1)
+        parts = [part.contiguous() for part in parts] if contiguous else parts
+        shapes, n_layers = self.shapes * (1 + self._with_multiplier), len(self.shapes)
+        layers = [part.view(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)]
         return layers[:n_layers], layers[n_layers:] if self._with_multiplier else None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -295,17 +298,24 @@ class ActivationStore:
             at = int(wrong[0])
             raise IndexError(f"indices: {int(indices[at])} at position {at} is not one of {self.n_samples} samples")
 
-    def _check_rows(self, batch: StoredBatch) -> None:
-        rows, expected = batch.rows, accumulation_dtype(self.dtype)
-        if (rows.dtype, rows.device) != (expected, self.device):
-            raise TypeError(
-                f"batch: its rows are {rows.dtype} on {rows.device}, this store's are {expected} on {self.device}"
-            )
-        shape = (len(batch.indices), self._rows.shape[1])
-        if rows.shape != shape:
-            raise ValueError(f"batch: its rows have shape {tuple(rows.shape)}, this store's have {shape}")
+    def _check_batch(self, batch: StoredBatch) -> None:
+        n, dtype = len(batch.indices), accumulation_dtype(self.dtype)
+        shapes = [(n, *shape) for shape in self.shapes]
+        for name, layers, wanted in (
+            ("z", batch.z, shapes),
+            ("multiplier", batch.multiplier or [], shapes if self._with_multiplier else []),
+        ):
+            if len(layers) != len(wanted):
+                raise ValueError(f"batch: {name} has {len(layers)} layers, in this store it has {len(wanted)}")
+            for t, (layer, shape) in enumerate(zip(layers, wanted, strict=True)):
+                if (layer.dtype, layer.device) != (dtype, self.device):
+                    given = f"{layer.dtype} on {layer.device}"
+                    raise TypeError(f"batch: {name}[{t}] is {given}, in this store it is {dtype} on {self.device}")
+                if layer.shape != shape:
+                    given = tuple(layer.shape)
+                    raise ValueError(f"batch: {name}[{t}] has shape {given}, in this store it has {shape}")
         samples, times = batch.indices.unique(return_counts=True)
-        if len(samples) < len(batch.indices):
+        if len(samples) < n:
             twice = int(samples[times > 1][0])
             raise ValueError(f"batch: has sample {twice} {int(times[times > 1][0])} times, and it can have one value")
 

@@ -95,9 +95,10 @@ class Training:
         batches, numbers = self.batches.in_order(), None
         for indices, (x, target) in zip(batches, self.batches.load(batches, self.device), strict=True):
             stored = self.store.gather(indices)
-            stored.rows.zero_()
             for z, value in zip(stored.z, self.net.hidden_values(x), strict=True):
                 z.copy_(value)
+            for multiplier in stored.multiplier or []:
+                multiplier.zero_()
             if numbers is None:
                 numbers = self.mode.start_epoch(self.net, 0, x, target, stored.z, stored.multiplier)
             self.mode.burn_in_(self.net, x, target, stored.z, stored.multiplier, numbers)
