@@ -197,8 +197,7 @@ class Backpropagation:
 
     def visit_(self, net, x, target, z, multiplier, optimizer, numbers) -> Visit:
         """Its energies and residuals are 0, but for the loss; what its hidden values are is not known (NaN)."""
-        for parameter in net.parameters():
-            parameter.grad = None
+        net.zero_grad()
         if optimizer is not None:
             optimizer.zero_grad()
         loss = net.loss(x, target)
