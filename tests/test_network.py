@@ -246,6 +246,15 @@ def test_visit_with_options(path):
 
 
 @by_path
+def test_visit_with_an_activation_and_a_skip_in_the_last_layer(path):
+    """Which a squared head allows."""
+    last = LinearBlock(4, 4, activation="tanh", preactivation=False, skip=0.5, branch_scale=0.3)
+    net = lgd.DecoupledNetwork([nn.Linear(5, 4), nn.Tanh(), last], head="squared")
+    batch = random_batch(net, torch.randn(N, 5), torch.randn(N, 4))
+    check_visit(net, path, batch, Options(head=squared_head))
+
+
+@by_path
 def test_the_default_step_of_the_multiplier_is_half_the_smallest_rho(path):
     net, x, labels = make("linear")
     net, batch = path(net), random_batch(net, x, labels)
@@ -521,6 +530,16 @@ def test_inputs_are_not_written_to():
     net.hidden_gradient(x, z, labels)
     net.local_gradient_(x, z, labels)
     assert all(map(torch.equal, z, check_point_at))
+
+
+def test_hidden_values_do_not_share_memory():
+    """With each other, or with x: a visit moves each of them in place."""
+    net = lgd.DecoupledNetwork([nn.Sequential(nn.Identity()), nn.Sequential(nn.Flatten()), nn.Linear(6, 3)])
+    x, labels = torch.randn(N, 2, 3), torch.randint(3, (N,))
+    z, before = net.hidden_values(x), x.clone()
+    net.visit_(x, z, labels, step_size=0.1)
+    assert torch.equal(x, before) and torch.equal(z[0], before)  # the first is its own target already
+    assert not torch.equal(z[1], before.flatten(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
