@@ -22,6 +22,7 @@ from torch import nn
 
 import lgd_kernels as lgd
 from lgd_kernels.decoupled import LinearBlock, network, residual_net
+from lgd_kernels.decoupled.layers import chain_of, linear_layer
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="sum")
 by_net = pytest.mark.parametrize("name", NETS)
@@ -55,33 +56,56 @@ def test_energies_and_gradients(name, path, multiplier):
     check_point(path(net), random_batch(net, x, labels, multiplier=multiplier))
 
 
+HUBER = nn.HuberLoss(reduction="none", delta=0.4)
+
+
+def squared_head(output, target):
+    return 0.5 * (output - target).square().sum()
+
+
+def infogain_head(matrix, ignore_index):
+    def head(output, target):
+        kept = target != ignore_index
+        return -(matrix.to(output.dtype)[target[kept]] * output[kept].log_softmax(1)).sum()
+
+    return head
+
+
 @by_path
 def test_huber(path):
     net, x, labels = make("mixed", hidden_loss="huber", kappa=0.4)
-    huber = Options(hidden_loss=nn.HuberLoss(reduction="none", delta=0.4), factor=1.0)
-    check_point(path(net), random_batch(net, x, labels), huber)
+    check_point(path(net), random_batch(net, x, labels), Options(hidden_loss=HUBER, factor=1.0))
 
 
 @by_path
 def test_squared_head(path):
     net, x, _ = make("linear", head="squared")
-    batch = random_batch(net, x, torch.randn(N, 3))
-    check_point(path(net), batch, Options(head=lambda output, target: 0.5 * (output - target).square().sum()))
+    check_point(path(net), random_batch(net, x, torch.randn(N, 3)), Options(head=squared_head))
 
 
 @by_path
 def test_infogain_head_and_ignored_samples(path):
-    matrix = 3 * torch.rand(3, 3, dtype=torch.float64)
-    net, x, labels = make("linear", H=lgd.Infogain.dense(matrix.float()), ignore_index=1)
+    matrix = 3 * torch.rand(3, 3)
+    net, x, labels = make("linear", H=lgd.Infogain.dense(matrix), ignore_index=1)
     labels[:2] = torch.tensor([1, 2])
-
-    def head(output, target):
-        kept = target != 1
-        return -(matrix.float().to(output.dtype)[target[kept]] * output[kept].log_softmax(1)).sum()
-
-    batch = random_batch(net, x, labels)
-    check_point(path(net), batch, Options(head=head))
+    head = infogain_head(matrix, 1)
+    check_point(path(net), random_batch(net, x, labels), Options(head=head))
     torch.testing.assert_close(net.loss(x, labels), head(net(x), labels) / N)
+
+
+@pytest.mark.parametrize(
+    ("activation", "is_known"),
+    [
+        *((module, True) for module in (nn.Identity(), nn.ReLU(), nn.Sigmoid(), nn.SiLU(), nn.Tanh(), nn.LeakyReLU())),
+        *((module, True) for module in (nn.GELU(), nn.GELU(approximate="tanh"))),
+        *((module, False) for module in (nn.LeakyReLU(0.2), nn.Softplus(), nn.PReLU(), nn.Dropout(0.0))),
+    ],
+    ids=lambda value: str(value),
+)
+def test_activations(activation, is_known):
+    net = lgd.DecoupledNetwork([nn.Linear(5, 4), activation, nn.Linear(4, 3)])
+    assert (linear_layer(chain_of(net.layers[0])) is not None) == is_known
+    check_point(net, random_batch(net, torch.randn(N, 5), torch.randint(3, (N,))))
 
 
 def test_rho_of_every_hidden_value():
@@ -177,28 +201,57 @@ def test_linear_net_converges_to_backpropagation():
 VISIT = {"step_size": 0.1, "steps": 3, "dual_step": 0.2}
 
 
+def check_visit(net, path, batch, options=None):
+    """Everything after a visit is what plain PyTorch makes of it."""
+    options = (options or Options())._replace(rho=0.7)
+    wide, plain = batch.to(torch.float64), batch.to(torch.float32)
+    expected = plain_visit_(in_float64(net), wide, options, **VISIT)
+    yardstick = plain_visit_(net, plain, options, **VISIT)
+
+    net = path(net)
+    visit = net.visit_(*batch[:3], multiplier=batch.multiplier, rho=0.7, **VISIT)
+    assert_close(visit.energies, torch.stack(expected.energies), torch.stack(yardstick.energies), "energies")
+    for name in ("z", "multiplier") if batch.multiplier else ("z",):
+        for t, tensors in enumerate(zip(*(getattr(b, name) for b in (batch, wide, plain)), strict=True)):
+            assert_close(*tensors, f"{name}[{t}]")
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert_close(parameter.grad, expected.of_parameters[name] / N, yardstick.of_parameters[name] / N, name)
+        else:
+            assert parameter.grad is None
+    residuals, values = [r.residuals for r in (expected, yardstick)], [wide.z, plain.z]
+    for got, tensors, what in ((visit.residual_norm, residuals, "residual"), (visit.value_norm, values, "value")):
+        assert_close(got, *(torch.stack([v.norm() for v in vs]) for vs in tensors), f"{what}_norm")
+
+
 @by_net
 @by_path
 @pytest.mark.parametrize("multiplier", [True, False], ids=["with multipliers", "without"])
 def test_visit(name, path, multiplier):
     net, x, labels = make(name)
-    batch = random_batch(net, x, labels, multiplier=multiplier)
-    wide, plain = batch.to(torch.float64), batch.to(torch.float32)
-    expected = plain_visit_(in_float64(net), wide, Options(rho=0.7), **VISIT)
-    yardstick = plain_visit_(net, plain, Options(rho=0.7), **VISIT)
+    check_visit(net, path, random_batch(net, x, labels, multiplier=multiplier))
 
-    listening = path(net)
-    visit = listening.visit_(*batch[:3], multiplier=batch.multiplier, rho=0.7, **VISIT)
-    assert_close(visit.energies, torch.stack(expected.energies), torch.stack(yardstick.energies), "energies")
-    for list_name in ("z", "multiplier") if multiplier else ("z",):
-        for t, tensors in enumerate(zip(*(getattr(b, list_name) for b in (batch, wide, plain)), strict=True)):
-            assert_close(*tensors, f"{list_name}[{t}]")
-    for parameter, key in zip(listening.parameters(), expected.of_parameters, strict=True):
-        assert_close(parameter.grad, expected.of_parameters[key] / N, yardstick.of_parameters[key] / N, key)
-    norms = [[torch.stack([v.norm() for v in r.residuals]) for r in (expected, yardstick)]]
-    norms.append([torch.stack([v.norm() for v in b.z]) for b in (wide, plain)])
-    assert_close(visit.residual_norm, *norms[0], "residual_norm")
-    assert_close(visit.value_norm, *norms[1], "value_norm")
+
+@by_path
+def test_visit_with_options(path):
+    """Of the head, and of the hidden loss."""
+    matrix = 3 * torch.rand(3, 3)
+    H, huber = lgd.Infogain.dense(matrix), {"hidden_loss": "huber", "kappa": 0.4}
+    net, x, labels = make("linear", H=H, ignore_index=1, **huber)
+    options = Options(head=infogain_head(matrix, 1), hidden_loss=HUBER, factor=1.0)
+    labels[:2] = torch.tensor([1, 2])
+    check_visit(net, path, random_batch(net, x, labels), options)
+    net, x, _ = make("linear", head="squared", **huber)
+    check_visit(net, path, random_batch(net, x, torch.randn(N, 3)), options._replace(head=squared_head))
+
+
+@by_path
+def test_visit_with_an_activation_and_a_skip_in_the_last_layer(path):
+    """Which a squared head allows."""
+    last = LinearBlock(4, 4, activation="tanh", preactivation=False, skip=0.5, branch_scale=0.3)
+    net = lgd.DecoupledNetwork([nn.Linear(5, 4), nn.Tanh(), last], head="squared")
+    batch = random_batch(net, torch.randn(N, 5), torch.randn(N, 4))
+    check_visit(net, path, batch, Options(head=squared_head))
 
 
 @by_path
@@ -256,18 +309,16 @@ CHANGES = (
 def test_nets_of_linear_layers_that_are_no_single_call(monkeypatch, change):
     monkeypatch.setattr(network, "decoupled_step_", None)  # must not be called
     net, x, labels = unlike(change)
-    batch = random_batch(net, x, labels)
-    wide, plain = batch.to(torch.float64), batch.to(torch.float32)
-    expected = plain_visit_(in_float64(net), wide, Options(), **VISIT)
-    yardstick = plain_visit_(net, plain, Options(), **VISIT)
+    check_visit(net, lambda net: net, random_batch(net, x, labels))
+
+
+def test_hooks_of_modules_are_called():
+    net, x, labels = make("linear")
+    batch, called = random_batch(net, x, labels), []
+    net.layers[1][0].register_forward_hook(lambda *args: called.append("linear"))
+    net.layers[1][1].register_forward_pre_hook(lambda *args: called.append("activation"))
     net.visit_(*batch[:3], multiplier=batch.multiplier, **VISIT)
-    for t, values in enumerate(zip(batch.z, wide.z, plain.z, strict=True)):
-        assert_close(*values, f"z[{t}]")
-    for key, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            assert_close(parameter.grad, expected.of_parameters[key] / N, yardstick.of_parameters[key] / N, key)
-        else:
-            assert parameter.grad is None
+    assert called == ["linear", "activation"] * (VISIT["steps"] + 1)
 
 
 OPTIMIZERS = {
@@ -303,6 +354,17 @@ def test_an_optimizer_of_some_parameters_moves_those():
     net.visit_(*batch[:3], multiplier=batch.multiplier, optimizer=optimizer, **VISIT)
     moved = [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])]
     assert moved == ["layers.1.0.weight", "layers.1.0.bias"]
+
+
+@by_path
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_gradients_from_before_the_visit_move_nothing(path, make_optimizer):
+    net, x, labels = make("linear")
+    net, batch, other = path(net), random_batch(net, x, labels), nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    optimizer = make_optimizer([*net.parameters(), other])
+    net.visit_(*batch[:3], multiplier=batch.multiplier, optimizer=optimizer, **VISIT)
+    assert other.eq(1).all()
 
 
 def test_hooks_of_the_optimizer_are_called():
@@ -352,7 +414,7 @@ def test_values_in_16_bits_are_taken_in_the_precision_of_the_parameters(dtype):
     gradient = net.hidden_gradient(x, wide, labels, multiplier=[value.float() for value in multiplier])
     net.visit_(x, z, labels, multiplier=multiplier, step_size=0.1)
     for value, before, of_value in zip(z, wide, gradient, strict=True):
-        assert torch.equal(value, (before - 0.1 * of_value).to(dtype))
+        assert torch.equal(value, before.sub(of_value, alpha=0.1).to(dtype))
 
 
 @pytest.mark.parametrize("name", ["linear", "mixed"])
@@ -371,6 +433,21 @@ def test_bfloat16_values_of_linear_layers(name):
     for gradient, parameter in zip(got, net.parameters(), strict=True):
         assert gradient.dtype == torch.float32
         assert (gradient - parameter.grad).norm() < 2**-5 * parameter.grad.norm()
+
+
+@by_path
+def test_autocast(path):
+    """Layers that are called by themselves follow it, with a relative error of 2^-8 for each rounding."""
+    net, x, labels = make("convolutions")
+    net, batch = path(net), random_batch(net, x, labels)
+    exact = net.hidden_gradient(*batch[:3], multiplier=batch.multiplier)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        rounded = net.hidden_gradient(*batch[:3], multiplier=batch.multiplier)
+        net.visit_(*batch[:3], multiplier=batch.multiplier, **VISIT)
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert 0 < (a - b).norm() < 2**-5 * b.norm()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,6 +532,16 @@ def test_inputs_are_not_written_to():
     assert all(map(torch.equal, z, check_point_at))
 
 
+def test_hidden_values_do_not_share_memory():
+    """With each other, or with x: a visit moves each of them in place."""
+    net = lgd.DecoupledNetwork([nn.Sequential(nn.Identity()), nn.Sequential(nn.Flatten()), nn.Linear(6, 3)])
+    x, labels = torch.randn(N, 2, 3), torch.randint(3, (N,))
+    z, before = net.hidden_values(x), x.clone()
+    net.visit_(x, z, labels, step_size=0.1)
+    assert torch.equal(x, before) and torch.equal(z[0], before)  # the first is its own target already
+    assert not torch.equal(z[1], before.flatten(1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,6 +616,29 @@ def test_largest_curvature_of_a_quadratic_energy():
     got = net.largest_curvature(x, z, target, rho=0.7, iterations=300)
     assert got == pytest.approx(expected, rel=1e-6)
     assert net.largest_curvature(x, z, target, rho=0.7) == pytest.approx(expected, rel=0.1)
+
+
+def test_largest_curvature_is_a_mean_over_the_samples():
+    """Of what autograd says of every sample's Hessian, which differ: the tanh of some is saturated."""
+    net = lgd.DecoupledNetwork([nn.Linear(3, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)]).double()
+    x, labels = 3 * torch.randn(N, 3, dtype=torch.float64), torch.randint(2, (N,))
+    z = [3 * torch.randn(N, 4, dtype=torch.float64) for _ in range(2)]
+    curvatures = []
+    for i in range(N):
+
+        def energy(joined, i=i):
+            *inputs, last = x[i : i + 1], *joined.split(4, dim=1)
+            hidden = zip(net.layers[:-1], inputs, joined.split(4, dim=1), strict=True)
+            energies = [0.5 * (value - layer(given)).square().sum() for layer, given, value in hidden]
+            return sum(energies) + CROSS_ENTROPY(net.layers[-1](last), labels[i : i + 1])
+
+        here = torch.cat([value[i : i + 1] for value in z], 1)
+        hessian = torch.autograd.functional.hessian(energy, here).reshape(8, 8)
+        curvatures.append(torch.linalg.eigvalsh(hessian).abs().max())
+    expected = torch.stack(curvatures)
+    assert expected.std() > 0.1 * expected.mean()
+    got = net.largest_curvature(x, z, labels, iterations=300)
+    assert got == pytest.approx(expected.mean().item(), rel=0.01)  # its difference quotients have steps of 0.01
 
 
 # ---------------------------------------------------------------------------------------------------------------------

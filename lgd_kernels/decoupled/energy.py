@@ -93,13 +93,11 @@ class Evaluation:
 
     def hidden_gradient(self) -> list[Tensor]:
         """dE/dz_t, T - 1 of them."""
-        through_layers = [
-            pair for part in self._parts for pair in zip(part.where, part.gradients_of_inputs(), strict=True)
-        ]
-        gradients = self._in_order("pulls")  # added to in place, now that no layer reads them any more
-        for t, through_layer in through_layers:
-            if t > 0:
-                gradients[t - 1].add_(through_layer)
+        gradients = self._in_order("pulls")
+        for part in self._parts:
+            for t, through_layer in zip(part.where, part.gradients_of_inputs(), strict=True):
+                if t > 0:
+                    gradients[t - 1] = gradients[t - 1] + through_layer
         return gradients
 
     def gradients_of_parameters(self) -> list[Gradient]:

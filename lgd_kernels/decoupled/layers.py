@@ -153,3 +153,8 @@ def in_precision_of(chain: Sequence[nn.Module], z: Tensor) -> Tensor:
     """z in the dtype of the chain's parameters, if it is stored in 16 bits."""
     parameter = next((p for module in chain for p in module.parameters()), None)
     return z if parameter is None or z.dtype not in (torch.bfloat16, torch.float16) else z.to(parameter.dtype)
+
+
+def share_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether the two may be views of one memory, as what Flatten or Identity make is of what they take."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -13,9 +13,10 @@ optimizer, z, multiplier and `EpochNumbers`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from lgd_kernels.arguments import check_bool, check_int, check_not_negative
 from lgd_kernels.decoupled.network import DecoupledNetwork, Visit
 
 Schedule = float | Callable[[int], float]  # a number, or the one of every epoch, which count from 0
+Values = list[Tensor] | None
 
 
 class EpochNumbers(NamedTuple):
@@ -35,36 +37,27 @@ class EpochNumbers(NamedTuple):
     step_size: float = 0.0
 
 
-class Mode(Protocol):
+class Mode(ABC):
     """What every way to train offers. z and multiplier are lists as in `DecoupledNetwork`, moved in place where the
     mode keeps them, and None where it does not."""
 
-    @property
-    def keeps_values(self) -> bool:
-        """Whether z is stored with the samples."""
+    keeps_values = False  # whether z is stored with the samples
+    keeps_multipliers = False  # whether multipliers are stored with the samples
 
-    @property
-    def keeps_multipliers(self) -> bool:
-        """Whether multipliers are stored with the samples."""
-
+    @abstractmethod
     def start_epoch(
-        self,
-        net: DecoupledNetwork,
-        epoch: int,
-        x: Tensor,
-        target: Tensor,
-        z: list[Tensor] | None,
-        multiplier: list[Tensor] | None,
+        self, net: DecoupledNetwork, epoch: int, x: Tensor, target: Tensor, z: Values, multiplier: Values
     ) -> EpochNumbers:
         """The numbers of this epoch; its step size is 1 / (the largest curvature for these samples), some of all."""
 
+    @abstractmethod
     def visit_(
         self,
         net: DecoupledNetwork,
         x: Tensor,
         target: Tensor,
-        z: list[Tensor] | None,
-        multiplier: list[Tensor] | None,
+        z: Values,
+        multiplier: Values,
         optimizer: Optimizer | None,
         numbers: EpochNumbers,
     ) -> Visit:
@@ -72,7 +65,7 @@ class Mode(Protocol):
 
 
 @dataclass(frozen=True)
-class StoredValues:
+class StoredValues(Mode):
     """Every sample keeps its z, and its multipliers, from one visit to the next.
 
     Args:
@@ -94,6 +87,8 @@ class StoredValues:
     dual_step: Schedule | None = None
     burn_in: int = 64
 
+    keeps_values = True
+
     def __post_init__(self) -> None:
         check_bool("multipliers", self.multipliers)
         _check_count("steps", self.steps)
@@ -101,19 +96,26 @@ class StoredValues:
         _check_schedules(self.rho, self.dual_step)
 
     @property
-    def keeps_values(self) -> bool:
-        return True
-
-    @property
     def keeps_multipliers(self) -> bool:
         return self.multipliers
 
-    def start_epoch(self, net, epoch, x, target, z, multiplier) -> EpochNumbers:
+    def start_epoch(
+        self, net: DecoupledNetwork, epoch: int, x: Tensor, target: Tensor, z: Values, multiplier: Values
+    ) -> EpochNumbers:
         rho, dual_step = _at(epoch, self.rho, self.dual_step, 0.5)
         curvature = net.largest_curvature(x, z, target, multiplier=multiplier, rho=rho)
         return EpochNumbers(rho, dual_step, _inverse(curvature))
 
-    def visit_(self, net, x, target, z, multiplier, optimizer, numbers) -> Visit:
+    def visit_(
+        self,
+        net: DecoupledNetwork,
+        x: Tensor,
+        target: Tensor,
+        z: Values,
+        multiplier: Values,
+        optimizer: Optimizer | None,
+        numbers: EpochNumbers,
+    ) -> Visit:
         options = {"multiplier": multiplier, "steps": self.steps, "optimizer": optimizer, **numbers._asdict()}
         return net.visit_(x, z, target, **options)
 
@@ -124,7 +126,7 @@ class StoredValues:
         x: Tensor,
         target: Tensor,
         z: list[Tensor],
-        multiplier: list[Tensor] | None,
+        multiplier: Values,
         numbers: EpochNumbers,
     ) -> None:
         """Moves z alone, by `burn_in` steps: from the values of the net fed forward, which every layer is content with,
@@ -136,7 +138,7 @@ class StoredValues:
 
 
 @dataclass(frozen=True)
-class ReinitializedValues:
+class ReinitializedValues(Mode):
     """Every visit begins with the values of the net fed forward and multipliers of 0, and takes so many steps that they
     come close to backpropagation's: nothing is stored with the samples.
 
@@ -159,20 +161,23 @@ class ReinitializedValues:
             _check_count("steps", self.steps)
         _check_schedules(self.rho, self.dual_step)
 
-    @property
-    def keeps_values(self) -> bool:
-        return False
-
-    @property
-    def keeps_multipliers(self) -> bool:
-        return False
-
-    def start_epoch(self, net, epoch, x, target, z, multiplier) -> EpochNumbers:
+    def start_epoch(
+        self, net: DecoupledNetwork, epoch: int, x: Tensor, target: Tensor, z: Values, multiplier: Values
+    ) -> EpochNumbers:
         rho, dual_step = _at(epoch, self.rho, self.dual_step, 1.0)
         curvature = net.largest_curvature(x, net.hidden_values(x), target, rho=rho)
         return EpochNumbers(rho, dual_step, _inverse(curvature))
 
-    def visit_(self, net, x, target, z, multiplier, optimizer, numbers) -> Visit:
+    def visit_(
+        self,
+        net: DecoupledNetwork,
+        x: Tensor,
+        target: Tensor,
+        z: Values,
+        multiplier: Values,
+        optimizer: Optimizer | None,
+        numbers: EpochNumbers,
+    ) -> Visit:
         values = net.hidden_values(x)
         steps = 4 * len(net.layers) if self.steps is None else self.steps
         multipliers = [torch.zeros_like(value) for value in values]
@@ -181,24 +186,26 @@ class ReinitializedValues:
 
 
 @dataclass(frozen=True)
-class Backpropagation:
+class Backpropagation(Mode):
     """The baseline: down the gradient of the mean loss of the ordinary net, through all layers in turn."""
 
-    @property
-    def keeps_values(self) -> bool:
-        return False
-
-    @property
-    def keeps_multipliers(self) -> bool:
-        return False
-
-    def start_epoch(self, net, epoch, x, target, z, multiplier) -> EpochNumbers:
+    def start_epoch(
+        self, net: DecoupledNetwork, epoch: int, x: Tensor, target: Tensor, z: Values, multiplier: Values
+    ) -> EpochNumbers:
         return EpochNumbers()
 
-    def visit_(self, net, x, target, z, multiplier, optimizer, numbers) -> Visit:
+    def visit_(
+        self,
+        net: DecoupledNetwork,
+        x: Tensor,
+        target: Tensor,
+        z: Values,
+        multiplier: Values,
+        optimizer: Optimizer | None,
+        numbers: EpochNumbers,
+    ) -> Visit:
         """Its energies and residuals are 0, but for the loss; what its hidden values are is not known (NaN)."""
-        for parameter in net.parameters():
-            parameter.grad = None
+        net.zero_grad()
         if optimizer is not None:
             optimizer.zero_grad()
         loss = net.loss(x, target)

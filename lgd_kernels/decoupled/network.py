@@ -18,6 +18,7 @@ from lgd_kernels.decoupled.layers import (
     chain_of,
     layers_from,
     linear_layer,
+    share_storage,
     split_input,
 )
 from lgd_kernels.decoupled.optimizer_state import is_fusable
@@ -114,7 +115,8 @@ class DecoupledNetwork(nn.Module):
         """z_1 .. z_(T-1) of the ordinary net, without a graph. Buffers stay as they are."""
         values = []
         for layer in self.layers[:-1]:
-            x = call([layer], x, keep_buffers=True)
+            value = call([layer], x, keep_buffers=True)
+            x = value.clone() if share_storage(value, x) else value  # or a step in place would move both
             values.append(x)
         return values
 
@@ -162,9 +164,9 @@ class DecoupledNetwork(nn.Module):
             step_size: of z; 1 / `largest_curvature` is stable.
             steps: of z in this visit; 0 moves only the parameters.
             dual_step: of the multipliers; at most rho is stable. None: half of the smallest rho.
-            optimizer: any of torch.optim, of some or all parameters. None: the gradients are left in `.grad`, in place
-                of what was there, and the parameters stay. SGD, Adam and AdamW are fused with the computation of the
-                gradients, without hooks and `.grad`, where the net is visited by one call.
+            optimizer: of some or all parameters; any whose step needs no closure. SGD, Adam and AdamW are fused with
+                the computation of the gradients, which then do not appear in `.grad`, where the net is visited by one
+                call. None: the gradients are left in `.grad`, in place of what was there, and the parameters stay.
         """
         rhos = self._check_values(x, z, multiplier, rho)
         check_int("steps", steps)
@@ -289,8 +291,9 @@ class DecoupledNetwork(nn.Module):
     ) -> Visit:
         parameters = [p for layer in layers for p in layer.parameters()]
         fused = optimizer if optimizer is not None and is_fusable(optimizer, parameters) else None
-        if optimizer is not fused:
-            optimizer.zero_grad()
+        by_gradients = optimizer if fused is None else None  # takes its step from .grad
+        if by_gradients is not None:
+            by_gradients.zero_grad()
         energies, residual = decoupled_step_(
             *(_like_stored(x, z), z, [layer.weight for layer in layers]),
             None if layers[0].bias is None else [layer.bias for layer in layers],
@@ -309,8 +312,8 @@ class DecoupledNetwork(nn.Module):
             return_residual=True,
             **numbers,
         )
-        if optimizer is not fused:
-            optimizer.step()
+        if by_gradients is not None:
+            by_gradients.step()
         return Visit(energies, _norms(residual, energies), _norms(z, energies))
 
     def _visit_layers_(

@@ -24,7 +24,7 @@ def largest_curvature(
         return 0.0
     step = 1e-2  # a longer one meets the kinks of relu, a shorter one the rounding of the gradient
     z = [value.to(accumulation_dtype(value.dtype)) for value in z]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     v = [torch.randn(value.shape, generator=generator, device="cpu").to(value) for value in z]
     at_z = gradient(z)
     for _ in range(iterations):

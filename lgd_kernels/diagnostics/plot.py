@@ -35,7 +35,7 @@ def plot_diagnostics(diagnostics: Diagnostics | Mapping[str, Diagnostics]) -> Fi
     spread = colormaps["viridis"].resampled(max(len(states), 2))
     colors = _COLORS if len(states) <= len(_COLORS) else [spread(i) for i in range(len(states))]
     figure = Figure(figsize=(12, 6.5), layout="constrained")
-    axes = list(figure.subplots(2, 3).flat)
+    axes = list(figure.subplots(2, 3, sharex=True).flat)
     for (name, state), color in zip(states.items(), colors, strict=False):
         _draw(axes, state, {"color": color, "label": name})
     _describe(axes)
@@ -76,6 +76,7 @@ def _describe(axes: list[Axes]) -> None:
     for ax, (title, y_label) in zip(axes, titles.items(), strict=True):
         of_values = title in ("Residual", "Gap to feed-forward values")
         ax.set(title=title, ylabel=y_label, xlabel="hidden value" if of_values else "layer (0 is next to the input)")
+        ax.tick_params(labelbottom=True)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
