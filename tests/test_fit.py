@@ -485,7 +485,8 @@ def test_history_takes_every_column():
     [
         ({"epochs": -1}, ValueError, "epochs: must be at least 0, got -1"),
         ({"epochs": 1.5}, TypeError, "epochs: expected an int, got float 1.5"),
-        ({"optimizer": "adam"}, TypeError, "optimizer: expected one of torch.optim, got str"),
+        ({"optimizer": "adam"}, TypeError, r"optimizer: expected torch\.optim\.optimizer\.Optimizer, got str"),
+        ({"mode": "stored"}, TypeError, r"mode: expected lgd_kernels\.decoupled\.modes\.Mode, got str"),
         ({"batch_size": 0}, ValueError, "batch_size: must be at least 1, got 0"),
         ({"batch_size": 2.5}, TypeError, "batch_size: expected an int, got float 2.5"),
         ({"seed": None}, TypeError, "seed: expected an int, got NoneType"),
@@ -511,7 +512,7 @@ def test_refused_options(options, error, message):
 
 def test_refused_nets():
     net = nn.Linear(D, 3)
-    with pytest.raises(TypeError, match="net: expected a DecoupledNetwork, got Linear"):
+    with pytest.raises(TypeError, match=r"net: expected lgd_kernels\.decoupled\.network\.DecoupledNetwork, got Linear"):
         fit(net, samples())
 
 

@@ -101,7 +101,9 @@ def fit(
         TypeError, ValueError, IndexError: arguments that are wrong or do not fit each other; checkpoints that are in
             the folder without resume, or of other data.
     """
-    _check_options(net, optimizer, epochs, seed, clip_grad_norm, patience)
+    mode = StoredValues() if mode is None else mode
+    _check_kinds({"net": (net, DecoupledNetwork), "optimizer": (optimizer, Optimizer), "mode": (mode, Mode)})
+    _check_numbers(epochs, seed, clip_grad_norm, patience)
     for name, value in {"autocast": autocast, "resume": resume, "progress": progress}.items():
         check_bool(name, value)
     _check_log(log)
@@ -109,7 +111,7 @@ def fit(
     training = Training(
         net,
         optimizer,
-        StoredValues() if mode is None else mode,
+        mode,
         Batches(data, batch_size, seed=seed),
         scheduler=scheduler,
         store=store,
@@ -209,18 +211,13 @@ def _write(log: Any, history: History) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_options(
-    net: DecoupledNetwork,
-    optimizer: Optimizer,
-    epochs: int,
-    seed: int,
-    clip_grad_norm: float | None,
-    patience: int | None,
-) -> None:
-    if not isinstance(net, DecoupledNetwork):
-        raise TypeError(f"net: expected a DecoupledNetwork, got {type(net).__name__}")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected one of torch.optim, got {type(optimizer).__name__}")
+def _check_kinds(arguments: dict[str, tuple[Any, type]]) -> None:
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {kind.__module__}.{kind.__name__}, got {type(value).__name__}")
+
+
+def _check_numbers(epochs: int, seed: int, clip_grad_norm: float | None, patience: int | None) -> None:
     check_int("seed", seed)
     for name, value, least in (("epochs", epochs, 0), ("patience", 1 if patience is None else patience, 1)):
         check_int(name, value)
