@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import killed
 import killed_training
@@ -218,6 +219,18 @@ def test_a_finished_run_is_only_looked_at(tmp_path):
     history = fit_again("z and multipliers", tmp_path, Never())
     assert history.loss == expected["history"]["loss"]
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_is_not_kept_open(tmp_path):
+    """Or the space of the removed ones would not be free on the disk until the end."""
+
+    class Maps(Callback):
+        def on_batch_end(self, training):
+            mapped = Path("/proc/self/maps").read_text()
+            assert "libc" in mapped and str(tmp_path) not in mapped
+
+    start("z and multipliers", tmp_path, epochs=1)
+    start("z and multipliers", tmp_path, Maps())
 
 
 def test_more_epochs_are_added_to_a_finished_run(tmp_path):

@@ -119,16 +119,8 @@ def fit(
         autocast=autocast,
     )
     judges = None if validation is None else Batches(validation, None, seed=seed, name="validation")
-    state = checkpoints.load() if resume else None
-    if state is None:
-        with _bar(progress, "hidden values", len(training.batches.in_order())) as bar:
-            for _ in training.initialize_values():
-                bar.update()
-        if checkpoints is not None:
-            checkpoints.save(0, training.state_dict())
-    else:
-        training.load_state_dict(state)
-
+    if not (resume and _resume(training, checkpoints)):
+        _begin(training, checkpoints, progress)
     is_validated = validation is not None
     with _bar(progress, "training", epochs * len(training.batches), training.step) as bar:
         while not _is_over(training, epochs, patience, is_validated):
@@ -147,6 +139,24 @@ def fit(
             if checkpoints is not None and (checkpoints.every is None or is_last):
                 checkpoints.save(training.step, training.state_dict())
     return training.history
+
+
+def _resume(training: Training, checkpoints: Checkpoints) -> bool:
+    """Go on from the last checkpoint; whether there was one. Its file is mapped into memory in here and no longer, so
+    that its space on the disk is free when it is removed."""
+    state = checkpoints.load()
+    if state is not None:
+        training.load_state_dict(state)
+    return state is not None
+
+
+def _begin(training: Training, checkpoints: Checkpoints | None, progress: bool) -> None:
+    """Set the hidden values of all samples."""
+    with _bar(progress, "hidden values", len(training.batches.in_order())) as bar:
+        for _ in training.initialize_values():
+            bar.update()
+    if checkpoints is not None:
+        checkpoints.save(0, training.state_dict())
 
 
 def _watched(history: History, is_validated: bool) -> list[float]:
