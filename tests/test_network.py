@@ -291,6 +291,8 @@ def unlike(change):
         modules.insert(6, nn.Linear(7, 6))
     elif change == "activation in the head":
         modules.append(nn.Tanh())
+    elif change == "skip in the head":
+        modules[4] = LinearBlock(6, 6, activation="identity", preactivation=False, skip=0.5, branch_scale=1.0)
     elif change == "both places of the activation":
         modules[2:4] = [LinearBlock(7, 6, activation="tanh", preactivation=True, skip=0.0, branch_scale=0.5)]
     return lgd.DecoupledNetwork(modules), x, labels
@@ -301,6 +303,7 @@ CHANGES = (
     "frozen weight",
     "shared layer",
     "activation in the head",
+    "skip in the head",
     "both places of the activation",
 )
 
