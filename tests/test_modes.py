@@ -133,6 +133,20 @@ def test_defaults():
     assert Backpropagation().start_epoch(net, 0, x, labels, None, None) == EpochNumbers()
 
 
+@pytest.mark.parametrize("mode", [StoredValues(), ReinitializedValues(), Backpropagation()])
+def test_a_net_without_hidden_values(mode):
+    """Nothing to step: all are backpropagation."""
+    net, x, labels = lgd.DecoupledNetwork([nn.Linear(5, 3)]), torch.randn(N, 5), torch.randint(3, (N,))
+    numbers = mode.start_epoch(net, 0, x, labels, [], [])
+    assert numbers.step_size == 0
+    mode.visit_(net, x, labels, [], [], None, numbers)
+    got = gradients(net)
+    net.zero_grad()
+    nn.functional.cross_entropy(net(x), labels).backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad)
+
+
 @pytest.mark.parametrize("mode", [StoredValues, ReinitializedValues])
 @pytest.mark.parametrize(
     ("options", "error", "message"),

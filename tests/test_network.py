@@ -135,6 +135,13 @@ def test_linear_layers_over_sequences():
     check_point(net, random_batch(net, torch.randn(N, 2, 4), torch.randint(3, (N,))))
 
 
+def test_parametrized_layers():
+    """An nn.Linear whose weight is computed from other parameters is called, not fused."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    net = lgd.DecoupledNetwork([nn.Linear(5, 4), layer, nn.Tanh(), nn.Linear(4, 3)])
+    check_point(net, random_batch(net, torch.randn(N, 5), torch.randint(3, (N,))))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is known exactly
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,6 +298,8 @@ def unlike(change):
         modules.insert(6, nn.Linear(7, 6))
     elif change == "activation in the head":
         modules.append(nn.Tanh())
+    elif change == "skip in the head":
+        modules[4] = LinearBlock(6, 6, activation="identity", preactivation=False, skip=0.5, branch_scale=1.0)
     elif change == "both places of the activation":
         modules[2:4] = [LinearBlock(7, 6, activation="tanh", preactivation=True, skip=0.0, branch_scale=0.5)]
     return lgd.DecoupledNetwork(modules), x, labels
@@ -301,6 +310,7 @@ CHANGES = (
     "frozen weight",
     "shared layer",
     "activation in the head",
+    "skip in the head",
     "both places of the activation",
 )
 
@@ -760,6 +770,12 @@ def test_refused_numbers(path, options, error, message):
     with pytest.raises(error, match=message):
         net.visit_(*batch[:3], multiplier=batch.multiplier, **({"step_size": 0.1} | options))
     assert all(map(torch.equal, batch.z, before.z)) and all(map(torch.equal, batch.multiplier, before.multiplier))
+
+
+def test_refused_iterations():
+    net, x, labels = make("linear")
+    with pytest.raises(ValueError, match="iterations: must be at least 1, got 0"):
+        net.largest_curvature(x, net.hidden_values(x), labels, iterations=0)
 
 
 def test_refused_target_of_a_squared_head():

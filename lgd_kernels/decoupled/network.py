@@ -193,7 +193,7 @@ class DecoupledNetwork(nn.Module):
         multiplier: list[Tensor] | None = None,
         rho: float | Sequence[float] = 1.0,
     ) -> Evaluation:
-        """All layers at this z and multiplier: energies, residuals, gradients. Nothing is changed."""
+        """All layers at this z and multiplier: energies, residuals, and gradients on request. Nothing is changed."""
         rhos = self._check_values(x, z, multiplier, rho)
         net, x = self._net_and_input(x)
         return Evaluation(net, Point([x, *z], target, multiplier, rhos))
@@ -208,7 +208,8 @@ class DecoupledNetwork(nn.Module):
         multiplier: list[Tensor] | None = None,
         rho: float | Sequence[float] = 1.0,
     ) -> list[Tensor]:
-        """dE/dz_t, like z: the gradient of a sum over the samples. Nothing is changed."""
+        """dE/dz_t in the shapes of z (float32 where z has 16 bits): the gradient of a sum over the samples. Nothing is
+        changed."""
         return self.evaluation(x, z, target, multiplier=multiplier, rho=rho).hidden_gradient()
 
     @torch.no_grad()
@@ -240,6 +241,8 @@ class DecoupledNetwork(nn.Module):
         """Mean over the samples of the largest eigenvalue of each sample's Hessian of E in its z, by power iteration:
         steps of 1 over it are stable, and of 2 over it are not. Nothing is changed."""
         check_int("iterations", iterations)
+        if iterations < 1:
+            raise ValueError(f"iterations: must be at least 1, got {iterations}")
 
         def gradient(values: list[Tensor]) -> list[Tensor]:
             return self.hidden_gradient(x, values, target, multiplier=multiplier, rho=rho)
