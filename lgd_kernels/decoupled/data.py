@@ -74,17 +74,18 @@ class Batches:
 
     def of_epoch(self, epoch: int) -> list[Tensor]:
         """The indices of every minibatch of an epoch, (batch_size,) int64; in the last one there may be fewer."""
-        if not self._is_shuffled:
-            return self.in_order()[: len(self)]
-        # a seed for every pair: torch's generator looks at 32 bits of it, and with seed + epoch the second epoch of one
-        # seed would have the order of the first epoch of the next
-        generator = torch.Generator("cpu").manual_seed(random.Random(f"{self.seed} {epoch}").getrandbits(32))
-        order = torch.randperm(self.n_samples, generator=generator, device="cpu")
+        order = torch.arange(self.n_samples, device="cpu")
+        if self._is_shuffled:
+            # a seed for every pair: torch's generator looks at 32 bits of it, and with seed + epoch the second epoch of
+            # one seed would have the order of the first epoch of the next
+            generator = torch.Generator("cpu").manual_seed(random.Random(f"{self.seed} {epoch}").getrandbits(32))
+            order = torch.randperm(self.n_samples, generator=generator, device="cpu")
         return list(order.split(self.batch_size))[: len(self)]
 
     def in_order(self) -> list[Tensor]:
-        """The indices of all samples in the order of the data set, likewise; nothing is dropped."""
-        return list(torch.arange(self.n_samples, device="cpu").split(self.batch_size))
+        """The indices of all samples in the order of the data set, in minibatches of nearly one size: BatchNorm refuses
+        one of a single sample, which `drop_last` would not have left over."""
+        return list(torch.arange(self.n_samples, device="cpu").tensor_split(-(-self.n_samples // self.batch_size)))
 
     def load(self, batches: list[Tensor], device: torch.device) -> Pairs:
         """(x, target) of each of these minibatches, on the device."""

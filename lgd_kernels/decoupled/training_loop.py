@@ -118,10 +118,10 @@ def fit(
         clip_grad_norm=clip_grad_norm,
         autocast=autocast,
     )
-    judges = None if validation is None else Batches(validation, None, seed=seed, name="validation")
+    is_validated = validation is not None
+    validation_batches = Batches(validation, None, seed=seed, name="validation") if is_validated else None
     if not (resume and _resume(training, checkpoints)):
         _begin(training, checkpoints, progress)
-    is_validated = validation is not None
     with _bar(progress, "training", epochs * len(training.batches), training.step) as bar:
         while not _is_over(training, epochs, patience, is_validated):
             for _ in training.visits():
@@ -130,7 +130,7 @@ def fit(
                 if checkpoints is not None and checkpoints.every and training.step % checkpoints.every == 0:
                     checkpoints.save(training.step, training.state_dict())
                 bar.update()
-            training.end_epoch(judges)
+            training.end_epoch(validation_batches)
             for callback in callbacks:
                 callback.on_epoch_end(training)
             _write(log, training.history)
