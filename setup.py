@@ -165,6 +165,7 @@ setup(
         "lgd_kernels",
         "lgd_kernels.autograd",
         "lgd_kernels.decoupled",
+        "lgd_kernels.diagnostics",
         "lgd_kernels.losses",
         "lgd_kernels.reference",
         "lgd_kernels.triton_kernels",  # a link to triton_kernels/, so that a checkout works without being installed

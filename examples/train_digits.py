@@ -17,6 +17,7 @@ the layer below computes.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lgd_kernels as lgd
-from lgd_kernels.decoupled import Batch, ResidualNet, gradient_of_hidden, largest_curvature
+from lgd_kernels.decoupled import Backpropagation, Mode, StoredValues, residual_net
 from lgd_kernels.reference import ACTIVATIONS
 
 matplotlib.use("Agg")
@@ -38,10 +39,11 @@ import matplotlib.pyplot as plt
 
 BATCH_SIZE = 128
 LEARNING_RATE = 3e-2  # Adam, falling to 0 along a cosine; large because the weights are N(0, 1) times explicit scales
-BURN_IN = 64  # steps of the hidden values before the first weight moves
-Z_STEPS = 8  # steps of the hidden values in one visit of a minibatch
-RHO = 0.05  # weight of the hidden error; at 1 the hidden values are too slow: 95.4 % instead of 97.8 (5 seeds)
-DUAL_STEP = 0.5 * RHO  # step of the multipliers
+WAYS: dict[str, Mode] = {
+    "backpropagation": Backpropagation(),
+    "decoupled, z": StoredValues(multipliers=False),
+    "decoupled, z and lambda": StoredValues(),
+}
 
 SIMILARITIES = {
     "distance": lambda distance: lgd.Infogain.from_distance(distance, beta=8.0),
@@ -77,61 +79,41 @@ def load(device: str) -> Digits:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two ways to train
+# A net and what its images keep
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Backpropagation:
-    """Down the gradient of the mean loss, through all layers in turn."""
+class Trainer:
+    """A net, a way to train it, and the hidden values and multipliers of every training image where it keeps them."""
 
-    def __init__(self, net: ResidualNet, digits: Digits, H: lgd.Infogain):
-        self.net, self.digits, self.H = net, digits, H
+    def __init__(self, mode: Mode, net: lgd.DecoupledNetwork, digits: Digits):
+        self.mode, self.net, self.digits = mode, net, digits
+        self.z = torch.stack(net.hidden_values(digits.x)) if mode.keeps_values else None  # (depth, images, width)
+        self.multiplier = torch.zeros_like(self.z) if mode.keeps_multipliers else None
+        self.start_epoch(0)
+        if mode.keeps_values:
+            mode.burn_in_(net, *self.batch(slice(None)), self.numbers)
 
-    def start_epoch(self) -> None:
-        pass
+    def batch(self, rows: slice) -> tuple[Tensor, Tensor, list[Tensor] | None, list[Tensor] | None]:
+        """(x, labels, z, multiplier) of some images; z and multiplier are what is kept, not a copy."""
+        kept = [None if values is None else list(values[:, rows]) for values in (self.z, self.multiplier)]
+        return self.digits.x[rows], self.digits.labels[rows], *kept
 
-    def visit(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        logits = self.net.logits(self.digits.x[rows])
-        lgd.softmax_infogain_loss(logits, self.digits.labels[rows], self.H).backward()
-        optimizer.step()
-
-    def residual(self) -> None:
-        """Hidden values are what the layers compute: there is none."""
-
-
-class Decoupled:
-    """A few steps of the stored hidden values, then all layers down the gradients of their local energies, at once."""
-
-    def __init__(self, net: ResidualNet, digits: Digits, H: lgd.Infogain, *, multipliers: bool):
-        self.net, self.every_row = net, Batch(digits.x, digits.labels, H)
-        with torch.no_grad():
-            self.z = torch.stack(net.hidden_values(digits.x))  # (depth, images, width)
-        self.multiplier = torch.zeros_like(self.z) if multipliers else None
-        self.start_epoch()
-        for _ in range(BURN_IN):
-            self.z -= self.step_size * gradient_of_hidden(net, self.every_row, self.z, self.multiplier, RHO)
-
-    def batch(self, rows: Tensor | slice) -> tuple[Batch, Tensor, Tensor | None]:
-        x, labels, H = self.every_row
-        multiplier = None if self.multiplier is None else self.multiplier[:, rows]
-        return Batch(x[rows], labels[rows], H), self.z[:, rows], multiplier
-
-    def start_epoch(self) -> None:
-        """Measure the curvature, on some of the images, for the steps of this epoch."""
-        batch, z, multiplier = self.batch(slice(256))
-        self.step_size = 1 / largest_curvature(lambda v: gradient_of_hidden(self.net, batch, v, multiplier, RHO), z)
+    def start_epoch(self, epoch: int) -> None:
+        """Fix the numbers of this epoch, from some of the images."""
+        self.numbers = self.mode.start_epoch(self.net, epoch, *self.batch(slice(256)))
         self.squared_residual = self.squared_z = 0.0
 
     def visit(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        batch, z, multiplier = self.batch(rows)
-        options = {"rho": RHO, "steps": Z_STEPS, "step_size": self.step_size, "dual_step": DUAL_STEP}
-        _, e = self.net.visit_(batch, z, multiplier, optimizer, **options)
-        self.z[:, rows] = z
-        if multiplier is not None:
-            self.multiplier[:, rows] = multiplier
-        self.squared_residual += e.square().sum((1, 2))
-        self.squared_z += z.square().sum((1, 2))
+        x, labels = self.digits.x[rows], self.digits.labels[rows]
+        copies = [None if values is None else values[:, rows] for values in (self.z, self.multiplier)]
+        z, multiplier = (None if values is None else list(values) for values in copies)
+        visit = self.mode.visit_(self.net, x, labels, z, multiplier, optimizer, self.numbers)
+        for kept, moved in zip((self.z, self.multiplier), copies, strict=True):
+            if kept is not None:
+                kept[:, rows] = moved
+        self.squared_residual += visit.residual_norm.square()
+        self.squared_z += visit.value_norm.square()
 
     def residual(self) -> Tensor:
         """(depth,): root mean square of e_t over that of z_t, at the end of this epoch's visits."""
@@ -150,33 +132,33 @@ class Run:
     name: str
     accuracy: list[float] = field(default_factory=list)  # on the test images, in percent
     seconds: list[float] = field(default_factory=list)
-    residual: list[Tensor] = field(default_factory=list)  # (depth,) each; of decoupled training only
+    residual: list[Tensor] = field(default_factory=list)  # (depth,) each; of stored hidden values only
     cost_of_mistake: float = 0.0  # mean distance between answer and label, over the wrong test answers at the end
 
 
-def train(name: str, way: Backpropagation | Decoupled, digits: Digits, epochs: int, seed: int) -> Run:
+def train(name: str, trainer: Trainer, digits: Digits, epochs: int, seed: int) -> Run:
     """Epochs of minibatches with Adam; the order of the images depends on the seed only."""
     run, generator = Run(name), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(way.net.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.Adam(trainer.net.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     progress = tqdm(range(epochs), desc=f"{name:24}", unit="epoch")
-    for _ in progress:
+    for epoch in progress:
         start = time.perf_counter()
-        way.start_epoch()
+        trainer.start_epoch(epoch)
         for rows in torch.randperm(len(digits.x), generator=generator).to(digits.x.device).split(BATCH_SIZE):
-            way.visit(rows, optimizer)
+            trainer.visit(rows, optimizer)
         schedule.step()
         run.seconds.append(time.perf_counter() - start)
-        if way.residual() is not None:
-            run.residual.append(way.residual())
-        evaluate(run, way.net, digits)
+        if trainer.mode.keeps_values:
+            run.residual.append(trainer.residual())
+        evaluate(run, trainer.net, digits)
         progress.set_postfix_str(f"test accuracy {run.accuracy[-1]:.1f} %")
     return run
 
 
 @torch.no_grad()
-def evaluate(run: Run, net: ResidualNet, digits: Digits) -> None:
-    answers = net.logits(digits.test_x).argmax(1)
+def evaluate(run: Run, net: lgd.DecoupledNetwork, digits: Digits) -> None:
+    answers = net(digits.test_x).argmax(1)
     costs = digits.distance[digits.test_labels, answers][answers != digits.test_labels]
     run.accuracy.append(100 * (1 - len(costs) / len(answers)))
     run.cost_of_mistake = float(costs.mean()) if len(costs) else 0.0
@@ -293,16 +275,12 @@ def main(argv: list[str] | None = None) -> list[Run]:
     digits = load(args.device)
     H = SIMILARITIES[args.H](digits.distance)
 
-    def net() -> ResidualNet:  # three times the same
-        generator = torch.Generator().manual_seed(args.seed)
-        return ResidualNet(64, args.width, args.depth, 10, args.activation, generator, args.device)
-
-    ways = {
-        "backpropagation": Backpropagation(net(), digits, H),
-        "decoupled, z": Decoupled(net(), digits, H, multipliers=False),
-        "decoupled, z and lambda": Decoupled(net(), digits, H, multipliers=True),
-    }
-    runs = [train(name, way, digits, args.epochs, args.seed) for name, way in ways.items()]
+    torch.manual_seed(args.seed)
+    net = lgd.DecoupledNetwork(residual_net(64, args.width, args.depth, 10, args.activation), H=H).to(args.device)
+    runs = []
+    for name, mode in WAYS.items():
+        trainer = Trainer(mode, copy.deepcopy(net), digits)
+        runs.append(train(name, trainer, digits, args.epochs, args.seed))
     plot(runs, args.output)
     print(f"\n{args.depth} hidden layers of {args.width} {args.activation}, H: {args.H}\n\n{table(runs)}\n")
     print(f"drawn in {args.output}")

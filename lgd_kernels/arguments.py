@@ -21,6 +21,13 @@ def check_number(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be finite, got {'an int beyond floats' if isinstance(value, int) else value}")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    """The same, and raise ValueError for a negative number."""
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: must not be negative, got {value}")
+
+
 def check_int(name: str, value: int) -> None:
     """Raise TypeError unless value is an int (and not a bool), ValueError unless 64 bits hold it."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgd_kernels.decoupled import Batch, ResidualNet
-
 pytestmark = pytest.mark.cpu
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
@@ -101,20 +99,3 @@ def test_refused_options(train_digits, capsys, options, message):
         train_digits.main(list(options))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_visit_moves_only_what_it_is_given(train_digits):
-    digits = train_digits.load("cpu")
-    H = train_digits.SIMILARITIES["distance"](digits.distance)
-    net = ResidualNet(64, 8, 3, 10, "tanh", torch.Generator().manual_seed(0), "cpu")
-    before = [p.detach().clone() for p in net.parameters()]
-    z, multiplier = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
-    z_before, multiplier_before = z.clone(), multiplier.clone()
-    batch = Batch(digits.x[:5], digits.labels[:5], H)
-    energies, e = net.visit_(batch, z, multiplier, None, rho=0.5, steps=2, step_size=0.1, dual_step=0.2)
-    assert energies.shape == (4,) and energies.isfinite().all()
-    assert e.shape == z.shape and e.isfinite().all()
-    assert not torch.equal(z, z_before) and not torch.equal(multiplier, multiplier_before)
-    assert torch.equal(batch.x, digits.x[:5])
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())

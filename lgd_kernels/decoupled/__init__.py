@@ -1,27 +1,54 @@
 """Layer-wise gradient decoupling: nets whose hidden values are variables of their own, one row per sample.
 
-decoupled_step.py    one visit of a minibatch, in place and in one call
+network.py           DecoupledNetwork: a net of any modules, ordinary to evaluate, trained all layers at once
+layers.py            how its modules are cut into layers, and which of them the fused ops know
+linear_block.py      the residual layer that they know, and the net that is made of it
+energy.py            the energy at given hidden values and its gradients, whatever the layers are made of
+step_size.py         the curvature of the energy in the hidden values, which sets the size of their steps
+modes.py             ways to train: what is kept from one visit to the next, and the numbers of each epoch
+decoupled_step.py    one visit of a minibatch of a net of linear layers, in place and in one call
 captured_step.py     the same as a CUDA graph
 optimizer_state.py   the state of a torch.optim optimizer as that call takes it
 memory.py            whether tensors share memory
-residual_net.py      a residual net as stacks of equal layers: fed forward, judged layer by layer, or visited
-hidden_gradient.py   the gradient of the energy in the hidden values
-step_size.py         the curvature of the energy in the hidden values, which sets the size of their steps
+
+training_loop.py     fit
+training.py          all that changes in it, minibatch by minibatch, and how it is saved
+store.py             the hidden values and multipliers of a whole data set
+data.py              minibatches in an order that can be repeated
+history.py           what happened in every epoch
+checkpoint.py        the last few checkpoints of a run
+files.py             files that are there whole or not at all
 """
 
 from lgd_kernels.decoupled.captured_step import CapturedStep, capture_step
+from lgd_kernels.decoupled.checkpoint import Checkpoints
 from lgd_kernels.decoupled.decoupled_step import decoupled_step_
-from lgd_kernels.decoupled.hidden_gradient import gradient_of_hidden
-from lgd_kernels.decoupled.residual_net import Batch, LinearStack, ResidualNet
-from lgd_kernels.decoupled.step_size import largest_curvature
+from lgd_kernels.decoupled.history import History
+from lgd_kernels.decoupled.linear_block import LinearBlock, residual_net
+from lgd_kernels.decoupled.modes import Backpropagation, EpochNumbers, Mode, ReinitializedValues, StoredValues
+from lgd_kernels.decoupled.network import DecoupledNetwork, Visit
+from lgd_kernels.decoupled.store import ActivationStore, StoredBatch
+from lgd_kernels.decoupled.training import Training
+from lgd_kernels.decoupled.training_loop import Callback, fit
 
 __all__ = [
-    "Batch",
+    "ActivationStore",
+    "Backpropagation",
+    "Callback",
     "CapturedStep",
-    "LinearStack",
-    "ResidualNet",
+    "Checkpoints",
+    "DecoupledNetwork",
+    "EpochNumbers",
+    "History",
+    "LinearBlock",
+    "Mode",
+    "ReinitializedValues",
+    "StoredBatch",
+    "StoredValues",
+    "Training",
+    "Visit",
     "capture_step",
     "decoupled_step_",
-    "gradient_of_hidden",
-    "largest_curvature",
+    "fit",
+    "residual_net",
 ]

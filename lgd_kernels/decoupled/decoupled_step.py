@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lgd_kernels import backends, ops
-from lgd_kernels.arguments import check_bool, check_int, check_number, one_of
+from lgd_kernels.arguments import check_bool, check_int, check_not_negative, one_of
 from lgd_kernels.decoupled.memory import check_memory, overlaps_itself
 from lgd_kernels.decoupled.optimizer_state import next_step
 from lgd_kernels.infogain import Infogain, InfogainParts
@@ -87,7 +87,7 @@ def decoupled_step_(
             float64 for float64 x, else float32.
         bias: (T, d_out), or a list like that of the weights, of (d_out,) or (T_i, d_out); or None.
         target: labels (n,), int64 or uint8, for the head "softmax_infogain"; (n, d_T) in the dtype of x for "squared".
-        step_size: of z; 1 / (the largest curvature of E in z) is stable, see `lgd_kernels.decoupled.largest_curvature`.
+        step_size: of z; 1 / (the largest curvature of E in z) is stable, see `DecoupledNetwork.largest_curvature`.
         steps: of z in this visit; 0 moves only the parameters.
         multiplier: lambda, like z; starts at 0 and belongs to the sample, like z. None: no multipliers.
         dual_step: of the multipliers, if there are any; at most rho is stable. None: half of the smallest rho.
@@ -390,8 +390,6 @@ def _check_numbers(steps: int, step_size: float, z_momentum: float, dual_step: f
     numbers = {"steps": steps, "step_size": step_size, "z_momentum": z_momentum, "dual_step": dual_step}
     for name, number in numbers.items():
         if number is not None or name != "dual_step":
-            check_number(name, number)
-            if number < 0:
-                raise ValueError(f"{name}: must not be negative, got {number}")
+            check_not_negative(name, number)
     if z_momentum >= 1:
         raise ValueError(f"z_momentum: must be less than 1, got {z_momentum}")

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from lgd_kernels.decoupled.memory import overlaps_itself
 from lgd_kernels.reference import UPDATE_RULES, UpdateNumbers
 
+_SUPPORTED = (SGD, Adam, AdamW)
 _UNSUPPORTED = ("nesterov", "amsgrad", "maximize", "dampening")  # options that must be off
 
 
@@ -92,7 +93,7 @@ def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> Ne
     """
     if optimizer is None:
         return _step_to_gradients(parameters)
-    if type(optimizer) not in (SGD, Adam, AdamW):
+    if type(optimizer) not in _SUPPORTED:
         raise TypeError(
             f"optimizer: expected torch.optim's SGD, Adam or AdamW, got {type(optimizer).__name__}; for another one "
             "leave it out, and call it on the gradients that are then put in .grad"
@@ -102,6 +103,18 @@ def next_step(optimizer: Optimizer | None, parameters: list[list[Tensor]]) -> Ne
     if isinstance(optimizer, SGD):
         return _step_of_sgd(optimizer, groups, parameters)
     return _step_of_adam(optimizer, groups, parameters)
+
+
+def is_fusable(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
+    """Whether `next_step` takes the optimizer for these parameters, and nobody wants to be told of its steps."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    has_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return (
+        type(optimizer) in _SUPPORTED
+        and not any(group.get(option) for group in optimizer.param_groups for option in _UNSUPPORTED)
+        and not has_hooks
+        and all(id(p) in known for p in parameters)
+    )
 
 
 def _step_to_gradients(parameters: list[list[Tensor]]) -> NextStep:

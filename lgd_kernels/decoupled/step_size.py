@@ -7,17 +7,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels.reference import accumulation_dtype
 
-def largest_curvature(gradient: Callable[[Tensor], Tensor], z: Tensor, *, iterations: int = 10) -> float:
+
+@torch.no_grad()
+def largest_curvature(
+    gradient: Callable[[list[Tensor]], list[Tensor]], z: list[Tensor], *, iterations: int = 10
+) -> float:
     """Mean over the samples of the largest eigenvalue of each sample's Hessian, by power iteration.
 
-    gradient: z -> gradient of a sum over samples, in the shape of z. z: (T, n, d); sample i is z[:, i]. The Hessian's
-    product with a direction v is the difference quotient of the gradient along v. The first direction is random but
-    the same in every call.
+    gradient: z -> gradient of a sum over samples, like z. z: tensors (n, ...); sample i is row i of them all. The
+    Hessian's product with a direction v is the difference quotient of the gradient along v. The first direction is
+    random but the same in every call. 0 where there is nothing to step: without samples or hidden values.
     """
-    step, at_z = 1e-2, gradient(z)  # a longer step meets the kinks of relu, a shorter one the rounding of the gradient
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    if sum(value.numel() for value in z) == 0:
+        return 0.0
+    step = 1e-2  # a longer one meets the kinks of relu, a shorter one the rounding of the gradient
+    z = [value.to(accumulation_dtype(value.dtype)) for value in z]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    v = [torch.randn(value.shape, generator=generator, device="cpu").to(value) for value in z]
+    at_z = gradient(z)
     for _ in range(iterations):
-        v = v / v.norm(dim=(0, 2), keepdim=True).clamp_min(1e-30)
-        v = (gradient(z + step * v) - at_z) / step
-    return float(v.norm(dim=(0, 2)).mean())
+        scale = step / _norm_of_samples(v).clamp_min(1e-30)
+        moved = gradient([value + _by_sample(scale, of_value) * of_value for value, of_value in zip(z, v, strict=True)])
+        v = [(there - here) / step for there, here in zip(moved, at_z, strict=True)]
+    return float(_norm_of_samples(v).mean())
+
+
+def _norm_of_samples(tensors: list[Tensor]) -> Tensor:
+    """(n,): the Euclidean norm of each sample's rows, over all tensors."""
+    return torch.stack([tensor.flatten(1).square().sum(1) for tensor in tensors]).sum(0).sqrt()
+
+
+def _by_sample(numbers: Tensor, like: Tensor) -> Tensor:
+    """(n,) as (n, 1, ...)."""
+    return numbers.view(-1, *(1 for _ in like.shape[1:]))
