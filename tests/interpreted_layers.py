@@ -4,12 +4,14 @@ Not collected by itself: test_triton_layers.py starts a process for it."""
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from cases import dtype_name
-from step_nets import clone, listed, make, step
+from step_nets import arguments_of_op, clone, listed, make, step
 
 from lgd_kernels import backends, reference
 from lgd_kernels.triton_kernels import decoupled_linear as linear_kernels
@@ -307,6 +309,24 @@ def test_layers_that_are_not_equally_far_apart_are_no_batch():
     assert of_stacks.batch([1, 3]).data_ptr() == stack[1].data_ptr() and len(of_stacks.batch([1, 3])) == 2
     assert of_stacks.batch([5]).data_ptr() == other.data_ptr()
     assert all(of_stacks.batch(chosen) is None for chosen in ([0, 1, 3], [4, 5], [3, 1]))
+
+
+def test_a_visit_refuses_what_does_not_fit():
+    """Every list of tensors with a layer too few or a wrong size, every list of numbers, and a skip at the softmax."""
+    good = arguments_of_op(make((4, 6, 6, 3), velocity=True), "adam")
+    step_kernels.decoupled_step_(*good)
+    names = [*inspect.signature(step_kernels.decoupled_step_).parameters]
+    lists = names[names.index("z") : names.index("target")]
+    per_layer = ("activation", "rho", "skip", "branch_scale")
+    for name in (*lists, "target", *per_layer, "update_numbers"):
+        i = names.index(name)
+        wrong = [good[i][:-1]] if name not in lists else [good[i][1:], [stack[..., 1:] for stack in good[i]]]
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"^({name}|z): "):  # z, where its widths no longer fit the weights
+                step_kernels.decoupled_step_(*good[:i], value, *good[i + 1 :])
+    i = names.index("skip")
+    with pytest.raises(ValueError, match=r"^skip: the last layer's must be 0 for softmax_infogain, got 0\.5"):
+        step_kernels.decoupled_step_(*good[:i], [0.0, 0.0, 0.5], *good[i + 1 :])
 
 
 def test_launches_of_a_visit_do_not_depend_on_the_depth(monkeypatch):

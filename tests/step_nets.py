@@ -9,6 +9,7 @@ from device import serving
 from tolerance import accumulation_dtype
 
 import lgd_kernels as lgd
+from lgd_kernels import reference
 
 SERVED_BY = serving("decoupled_step_")
 IN_PLACE = ("z", "multiplier", "velocity", "weight", "bias")
@@ -99,3 +100,25 @@ def dense(C, row_sum=5.0):
 def net():
     """Four samples, 3 -> 5 -> 5 -> 2."""
     return make((3, 5, 5, 2), n=4, dtype=torch.float32, velocity=True)
+
+
+def arguments_of_op(tensors, rule, head="softmax_infogain"):
+    """Those of ops.decoupled_step_ for a net of three layers in stacks."""
+
+    def stacks(name, dim):
+        return [v.unsqueeze(0) if v.dim() == dim else v for v in listed(tensors[name])]
+
+    weight, bias = stacks("weight", 2), stacks("bias", 1)
+    count = {"gradient": 1, "sgd": 0, "momentum": 1, "adam": 2}[rule]
+    buffers = [[torch.zeros_like(p) for p in of if i < count] for of in (weight, bias) for i in range(2)]
+    residual = [torch.zeros_like(v) for v in stacks("z", 2)]
+    row = reference.UpdateNumbers(lr=0.1, momentum=0.9, second_momentum=0.99, epsilon=1e-8)
+    numbers = torch.tensor([row] * (len(weight) + len(bias)), dtype=torch.float64)
+    samples = [stacks(name, 2) for name in ("z", "multiplier", "velocity")]
+    parts = lgd.Infogain.label_smoothing(0.1, 3).parts if head == "softmax_infogain" else (None,) * 6
+    options = ([2, 2, 0], False, 1, 0.7, [1.0, 0.5, 1.0], [0.0, 1.0, 0.0], [1.0, 0.3, 1.0])
+    return (
+        *(tensors["x"], *samples, residual, weight, *buffers[:2], bias, *buffers[2:], tensors["target"], *parts),
+        *(-100, head == "squared", *options, 2, 0.1, 0.5, 0.3),
+        *(reference.UPDATE_RULES.index(rule), numbers),
+    )

@@ -354,6 +354,9 @@ def _check(
         given = [tuple(layers.shape(t)) for t in range(len(layers))]
         if given != shapes and not (optional and not given):
             raise ValueError(f"{name}: expected layers of shapes {shapes}, got {given}")
+    _, _, skip, _ = per_layer
+    if skip and skip[-1] != 0 and not squared_error:
+        raise ValueError(f"skip: the last layer's must be 0 for softmax_infogain, got {skip[-1]}")
     for name, numbers in zip(("activation", "rho", "skip", "branch_scale"), per_layer, strict=True):
         if len(numbers) != n_layers:
             raise ValueError(f"{name}: has {len(numbers)} values, but there are {n_layers} layers")

@@ -82,7 +82,9 @@ def decoupled_step_(
             (phi(z), W and delta = -q f'(a)) are rounded to it, as under autocast; else they keep their precision. Sums
             are accumulated in float64 for float64 and in float32 otherwise.
         z: the hidden values, (T-1, n, d), or where their widths differ a list of tensors (n, d_t), or (T_i, n, d) for
-            runs of equal width. Has the dtype of x. Small steps get lost in 16 bits.
+            runs of equal width. Has the dtype of x. Small steps get lost in 16 bits: on digits, 3 seeds, bfloat16 took
+            1.5 points of accuracy without multipliers (93.6 instead of 95.1 %) and 0.2 with them. An `ActivationStore`
+            in bfloat16, whose minibatches are visited in float32, took none (95.0 and 97.7 %).
         weight: (T, d_out, d_in), or a list of tensors (d_out, d_in), or (T_i, d_out, d_in) for runs of equal layers;
             float64 for float64 x, else float32.
         bias: (T, d_out), or a list like that of the weights, of (d_out,) or (T_i, d_out); or None.
