@@ -13,7 +13,6 @@ from cases import DTYPES, dtype_name
 from cuda_on_host.glue_fixtures import answer_with
 from cuda_on_host.layers import LayerKernels
 from layer_oracle import ACTIVATIONS
-from test_cuda_on_host import library  # noqa: F401 (a fixture)
 
 from lgd_kernels import ops, reference
 
@@ -24,9 +23,9 @@ by_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 @pytest.fixture(params=["in order", "in reverse"])
-def kernels(request, library, nan_prefill, monkeypatch) -> LayerKernels:  # noqa: F811
+def kernels(request, cuda_on_host_library, nan_prefill, monkeypatch) -> LayerKernels:
     """The kernels, whose threads run in either order; they answer for the ops."""
-    kernels = LayerKernels(library)
+    kernels = LayerKernels(cuda_on_host_library)
     kernels.run_in_reverse(request.param == "in reverse")
     answer_with(kernels, monkeypatch)
     return kernels

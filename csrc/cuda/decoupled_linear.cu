@@ -143,7 +143,7 @@ struct ForwardTable {
 
 // tile_energy: (layers, row tiles, panels)
 template <typename K>
-__global__ void __launch_bounds__(kLinearThreads)
+__global__ void __launch_bounds__(kLinearThreads, 1)
     forward_kernel(const __grid_constant__ ForwardTable<K> table, double* tile_energy) {
   using Acc = typename K::Acc;
   using Operand = typename K::Operand;
@@ -288,7 +288,7 @@ LGD_DEVICE void carry_to_input(const Panel<K>& panel, const Acc* products, int s
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kLinearThreads) backward_kernel(const __grid_constant__ BackwardTable<K> table) {
+__global__ void __launch_bounds__(kLinearThreads, 1) backward_kernel(const __grid_constant__ BackwardTable<K> table) {
   using Acc = typename K::Acc;
   using Operand = typename K::Operand;
   using Multiply = typename K::Multiply;
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kLinearThreads) backward_kernel(const __grid_c
 
 // The gradients from the parts of all chunks, in order. A block has kLinearThreads elements of a layer.
 template <typename K>
-__global__ void __launch_bounds__(kLinearThreads) sum_parts_kernel(const __grid_constant__ BackwardTable<K> table) {
+__global__ void __launch_bounds__(kLinearThreads, 1) sum_parts_kernel(const __grid_constant__ BackwardTable<K> table) {
   using Acc = typename K::Acc;
   const int columns = table.d_in + 1, size = table.d_out * columns;
   const int blocks = static_cast<int>(tiles_of(size, kLinearThreads));

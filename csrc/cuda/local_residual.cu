@@ -25,9 +25,10 @@ struct ResidualTable {
   ResidualEntry<T> layers[kMostLayers];
 };
 
-// tile_energy: (layers, blocks)
+// tile_energy: (layers, blocks). At least three blocks on a multiprocessor hide how long loads take; in float64 the
+// registers are for one.
 template <typename T>
-__global__ void __launch_bounds__(kResidualThreads)
+__global__ void __launch_bounds__(kResidualThreads, sizeof(T) == 8 ? 1 : 3)
     local_residual_kernel(const __grid_constant__ ResidualTable<T> table, double* tile_energy) {
   using Acc = Accumulated<T>;
   constexpr int W = kPerVector<T>;

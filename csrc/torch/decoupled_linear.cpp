@@ -52,6 +52,19 @@ void check_stacks(
   }
 }
 
+// Raise unless what is skipped has the shape of the outputs: no kernel may read beyond its arguments.
+void check_skip(const TensorList& z, const TensorList& weight, const std::vector<LayerOptions>& options) {
+  auto of_layer = options.begin();
+  for (size_t i = 0; i < z.size(); ++i) {
+    const int64_t d_in = z[i].size(-1), d_out = weight[i].size(-2);
+    for (int64_t t = 0; t < count_layers(z[i]); ++t, ++of_layer) {
+      TORCH_CHECK_VALUE(
+          of_layer->skip == 0 || d_in == d_out, "skip: is ", of_layer->skip, " for layer ", of_layer - options.begin(),
+          ", which needs d_in == d_out, got ", d_in, " and ", d_out);
+    }
+  }
+}
+
 int64_t count_all_layers(const TensorList& stacks) {
   int64_t count = 0;
   for (const at::Tensor& z : stacks) {
@@ -87,6 +100,7 @@ std::tuple<at::Tensor, TensorList, TensorList, TensorList> decoupled_linear(
       {hidden_loss, kappa},
       need_residual,
       need_gradient};
+  check_skip(z, weight, arguments.options);
   return on_device_of(z[0], [&]<typename Device>(Device) { return linear_forward<Device>(arguments); });
 }
 
@@ -111,11 +125,22 @@ std::tuple<TensorList, TensorList, TensorList, TensorList, TensorList> decoupled
   TORCH_CHECK_VALUE(
       !grad_energy || (grad_energy->dim() == 1 && grad_energy->size(0) == n_layers), "grad_energy: expected shape (",
       n_layers, "), got ", grad_energy->sizes());
-  return on_device_of(z[0], [&](auto device) {
-    return device.backward(
-        {z, weight, e, delta, q, grad_energy, layer_options(n_layers, activation, {}, skip, branch_scale, {}),
-         preactivation, need_z, need_weight, need_bias, need_target, need_multiplier});
-  });
+  const LinearBackward arguments{
+      z,
+      weight,
+      e,
+      delta,
+      q,
+      grad_energy,
+      layer_options(n_layers, activation, {}, skip, branch_scale, {}),
+      preactivation,
+      need_z,
+      need_weight,
+      need_bias,
+      need_target,
+      need_multiplier};
+  check_skip(z, weight, arguments.options);
+  return on_device_of(z[0], [&](auto device) { return device.backward(arguments); });
 }
 
 } // namespace lgd
