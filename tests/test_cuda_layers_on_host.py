@@ -83,11 +83,13 @@ def test_a_stack_of_local_residual_equals_its_layers_bit_for_bit(kernels, dtype)
         assert all(torch.equal(x[0], y[t]) for x, y in zip(alone, of_stack, strict=True))
 
 
+@pytest.mark.parametrize("multiplier", [None, 0.5], ids=["without", "with"])
 @pytest.mark.parametrize("step", [0.0, 0.5])
-def test_no_infinity_times_zero(kernels, step):
-    """A residual that is infinite, without a multiplier, and a skip of 0 around NaN."""
+def test_no_infinity_times_zero(kernels, step, multiplier):
+    """A residual that is infinite, with and without a multiplier, and a skip of 0 around NaN."""
     logits, target = torch.zeros(2, 1, 3), torch.tensor([float("inf"), 1.0, -2.0]).expand(2, 1, 3)
-    arguments = (logits, target, None, torch.full_like(logits, torch.nan), [1, 1], 1, 1.0, [1.0] * 2, [0.0] * 2)
+    given = None if multiplier is None else torch.full_like(logits, multiplier)
+    arguments = (logits, target, given, torch.full_like(logits, torch.nan), [1, 1], 1, 1.0, [1.0] * 2, [0.0] * 2)
     arguments = (*arguments, [0.0, step], True, True)
     for got, expected in zip(kernels.local_residual(*arguments), reference.local_residual(*arguments), strict=True):
         torch.testing.assert_close(got, expected, atol=0, rtol=0, equal_nan=True)
