@@ -477,6 +477,7 @@ int launch_forward(
   using T = typename K::Element;
   using Weight = typename K::Weight;
   const DecoupledLinearLayer& like = *layers[0];
+  static_assert(sizeof(ForwardTable<K>) <= kMostTableBytes);
   ForwardTable<K> table;
   table.cut = cut;
   table.n_samples = like.linear.n_samples;
@@ -512,6 +513,7 @@ int launch_backward(
   using T = typename K::Element;
   using Weight = typename K::Weight;
   const DecoupledLinearBackwardLayer<Acc>& like = *layers[0];
+  static_assert(sizeof(BackwardTable<K>) <= kMostTableBytes);
   BackwardTable<K> table;
   table.cut = cut;
   table.n_samples = like.linear.n_samples;

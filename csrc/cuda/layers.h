@@ -6,8 +6,9 @@
 namespace lgd::gpu {
 
 // A launch has its table of layers as a parameter, which costs no copy to the device and is kept by a CUDA graph; more
-// layers take several launches. A kernel's parameters may have 32,764 bytes, and no layer takes more than 120.
+// layers take several launches.
 constexpr int kMostLayers = 256;
+constexpr int kMostTableBytes = 32764 - 64; // what all parameters of a kernel may have, less room for others
 
 constexpr int64_t layers_of_launch(int64_t n_layers, int64_t first) {
   return n_layers - first < kMostLayers ? n_layers - first : kMostLayers;

@@ -79,6 +79,7 @@ ResidualCut cut_of(const LocalResidual<Acc>& io) {
 template <typename T, typename Acc>
 int run(const LocalResidual<Acc>& io, const ResidualCut& cut, int64_t first, int64_t count, void* stream) {
   const ResidualLayer* layers = io.layers + first;
+  static_assert(sizeof(ResidualTable<T>) <= kMostTableBytes);
   ResidualTable<T> table;
   table.cut = cut;
   table.stride_of_logits = layers[0].logits.stride;
