@@ -225,6 +225,18 @@ def test_strides_of_decoupled_linear(kernels):
         test_decoupled_linear.test_strides(None, preactivation)
 
 
+def test_layers_of_one_shape_and_different_strides(kernels):
+    """A list whose second layer has rows that do not end where they are, in one tensor after the other."""
+    lists = [list(x.detach()) for x in test_decoupled_linear.make(2, 5, 7, 7, torch.float32)]
+    options = {"activation": ["tanh", "relu"], "skip": 1.0}
+    expected = test_decoupled_linear.loss(*lists, **options)
+    for tensors in lists:
+        padding = (3, 2) if tensors[1].dim() == 2 else (0, 0)
+        apart = torch.nn.functional.pad(tensors[1], padding, value=torch.nan)
+        changed = [[x[0], apart[..., 3:-2] if x is tensors and x[1].dim() == 2 else x[1]] for x in lists]
+        assert torch.equal(test_decoupled_linear.loss(*changed, **options), expected)
+
+
 def test_nan_and_requests_of_decoupled_linear(kernels):
     for activation in ACTIVATIONS:
         test_decoupled_linear.test_nan_goes_through(None, activation, activation in ACTIVATIONS[::2])
