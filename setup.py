@@ -55,6 +55,7 @@ CUDA_SOURCES = [
     "csrc/cuda/compiled_for.cu",
     "csrc/cuda/count_labels.cu",
     "csrc/cuda/decoupled_linear.cu",
+    "csrc/cuda/decoupled_linear_backward.cu",
     "csrc/cuda/layers.cu",
     "csrc/cuda/local_residual.cu",
     "csrc/cuda/softmax_infogain.cu",

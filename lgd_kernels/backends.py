@@ -26,8 +26,8 @@ measured yet.
     count_labels                        -                               cuda
 
     op                                  layers                          first    because
-    local_residual                      any                             cuda     the same bytes as Triton, with one launch
-                                                                                 for all activations, not one for each
+    local_residual                      any                             cuda     Triton's bytes, but in one launch for
+                                                                                 all activations, not one for each
     decoupled_linear, its backward      d_in and d_out at most 128      cuda     weights stay in shared memory; backward
                                                                                  reads delta and z once where Triton's
                                                                                  two products read delta twice

@@ -60,7 +60,8 @@ HiddenLossNumbers<Acc> numbers_of(const HiddenLoss& loss) {
   return {static_cast<Acc>(loss.kappa), static_cast<int>(loss.code)};
 }
 
-// (f(a), f'(a)) for the activation with this code; `value` may be `a`. The switch is outside of the loop: it costs a group one jump.
+// (f(a), f'(a)) for the activation with this code; `value` may be `a`. The switch is outside of the loop: it costs a
+// group one jump.
 template <typename Acc, int W>
 LGD_DEVICE void activate(int code, const Acc (&a)[W], Acc (&value)[W], Acc (&slope)[W]) {
   with_activation(code, [&](auto function) {

@@ -4,6 +4,7 @@
 #include "cuda_on_host.h"
 
 #include "../../csrc/cuda/decoupled_linear.cu"
+#include "../../csrc/cuda/decoupled_linear_backward.cu"
 #include "../../csrc/cuda/layers.cu"
 #include "../../csrc/cuda/local_residual.cu"
 
