@@ -41,6 +41,7 @@ COMMON_SOURCES = [
     "csrc/torch/decoupled_linear.cpp",
     "csrc/torch/decoupled_step.cpp",
     "csrc/torch/huge_pages.cpp",
+    "csrc/torch/layers_bindings.cpp",
     "csrc/torch/local_residual.cpp",
     "csrc/torch/softmax_infogain.cpp",
     "csrc/torch/stacks.cpp",
@@ -53,6 +54,10 @@ CUDA_SOURCES = [
     "csrc/torch/cuda_device.cpp",
     "csrc/cuda/compiled_for.cu",
     "csrc/cuda/count_labels.cu",
+    "csrc/cuda/decoupled_linear.cu",
+    "csrc/cuda/decoupled_linear_backward.cu",
+    "csrc/cuda/layers.cu",
+    "csrc/cuda/local_residual.cu",
     "csrc/cuda/softmax_infogain.cu",
 ]
 # what tools/gates/cuda_ahead_of_time.py checks; split: the many kernels of a file on all cores

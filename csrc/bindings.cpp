@@ -6,9 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "torch/decoupled_linear.h"
 #include "torch/decoupled_step.h"
-#include "torch/local_residual.h"
 
 namespace {
 
@@ -78,7 +76,10 @@ std::vector<std::string> cuda_ops() {
       "softmax_infogain_backward_",
       "softmax_infogain_double_backward",
       "softmax_infogain_backward_matrix",
-      "count_labels"};
+      "count_labels",
+      "local_residual",
+      "decoupled_linear",
+      "decoupled_linear_backward"};
 }
 
 } // namespace
@@ -90,8 +91,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_version", &cuda_version);
   m.def("cuda_ops", &cuda_ops);
   lgd::bind_softmax_infogain(m);
-  m.def("local_residual", &lgd::local_residual, py::call_guard<py::gil_scoped_release>());
-  m.def("decoupled_linear", &lgd::decoupled_linear, py::call_guard<py::gil_scoped_release>());
+  lgd::bind_layers(m);
   m.def("decoupled_step_", &decoupled_step_);
-  m.def("decoupled_linear_backward", &lgd::decoupled_linear_backward, py::call_guard<py::gil_scoped_release>());
 }

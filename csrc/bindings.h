@@ -13,5 +13,6 @@
 namespace lgd {
 
 void bind_softmax_infogain(pybind11::module_& m);
+void bind_layers(pybind11::module_& m); // but for decoupled_step_, which is for the CPU alone
 
 } // namespace lgd

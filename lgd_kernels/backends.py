@@ -2,15 +2,15 @@
 
     backend      device   what it is
     cpp          cpu      the compiled extension `_C`: AVX-512, AVX2 or scalar code, chosen at run time
-    cuda         cuda     CUDA C++ in the same extension, where it was built with nvcc: every softmax_infogain op
+    cuda         cuda     CUDA C++ in the same extension, where it was built with nvcc: every softmax_infogain op,
+                          local_residual, and decoupled_linear and its backward for layers up to 128 wide
     triton       cuda     `triton_kernels/`: every softmax_infogain op, local_residual, decoupled_linear and its
                           backward, decoupled_step_; on any compute capability from 8.0 on
     reference    any      plain PyTorch (`reference.py`): right, slow, always there
 
 On the CPU the first one in this list that has the op answers. On a CUDA device the first row of this table that fits
-says which of the two is asked first; the other one answers for what that does not have, and then plain PyTorch. So
-Triton answers for layers. The rows come from counting the bytes that each has to
-move; on a GPU nothing has been measured yet.
+says which of the two is asked first; the other one answers for what that does not have, and then plain PyTorch. The
+rows come from counting the bytes that each has to move; on a GPU nothing has been measured yet.
 
     op                                  logits                          first    because
     softmax_infogain_backward_matrix    any                             triton   `cuda` reads all labels for each 32
@@ -23,6 +23,15 @@ move; on a GPU nothing has been measured yet.
                                                                                  more) and in 64 KB without; Triton
                                                                                  keeps up to 32,768 classes
     count_labels                        -                               cuda
+
+    op                                  layers                          first    because
+    local_residual                      any                             cuda     Triton's bytes, but in one launch for
+                                                                                 all activations, not one for each
+    decoupled_linear, its backward      d_in and d_out at most 128      cuda     weights stay in shared memory; backward
+                                                                                 reads delta and z once where Triton's
+                                                                                 two products read delta twice
+    the same                            any other                       triton   `cuda` has no kernel for them
+    decoupled_step_                     any                             triton   `cuda` has no kernel for it
 
 decoupled_step_ multiplies by tiles with everything in their epilogues, all layers of a shape in one launch, or by
 cuBLAS with a kernel of its own after it: from width 4096 on in 16 bits and tf32, from 256 on in exact float32, where
@@ -54,6 +63,7 @@ from lgd_kernels import reference
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 _TRITON_MODULES = ("softmax_infogain", "local_residual", "decoupled_linear", "decoupled_step")
+WIDEST_ON_CUDA = 128  # kMostWidth in csrc/cuda/decoupled_linear_config.h
 CHECK_LABELS = os.environ.get("LGD_CHECK_LABELS", "0") != "0"
 _HOW_TO_BUILD = "to get the fast kernels, install g++ and ninja and run `make install` (or `pip install .`) again"
 _HOW_TO_BUILD_CUDA = "install nvcc and a torch with CUDA and run `pip install --no-build-isolation .` again"
@@ -122,27 +132,39 @@ def has_kernel(op: str, device_type: str) -> bool:
     return device_type == "cpu" and extension is not None and hasattr(extension, op)
 
 
-def implementation(op: str, device_type: str, logits: Tensor | None = None) -> ModuleType:
+def implementation(op: str, device_type: str, logits: Tensor | None = None, wide: bool = False) -> ModuleType:
     """The module whose function `op` answers for tensors on a device of this type.
 
-    logits: (O, C, I), those of the call; float32 with the classes side by side if they are not given."""
+    logits: (O, C, I), those of the call; float32 with the classes side by side if they are not given.
+    wide: whether `is_wide` for the layers of the call."""
+    order = ("cpp", "triton")
     if device_type == "cuda":
         order = ("cuda", "triton")
-        if logits is not None:
+        if logits is not None and op.startswith("softmax_infogain"):
             order = preferred_on_cuda(op, logits.dtype, logits.shape[1] == 1 or logits.stride(1) == 1)
-    else:
-        order = ("cpp", "triton")
     for name in order if _forced == "auto" else (_forced,):
-        if kernels := _kernels(name, op, device_type):
+        if (kernels := _kernels(name, op, device_type)) and not (wide and name == "cuda"):
             return kernels
     return reference
 
 
 def preferred_on_cuda(op: str, dtype: torch.dtype, classes_side_by_side: bool) -> tuple[str, str]:
-    """The backends to ask for an op on a CUDA device, in this order: the table above."""
+    """The backends to ask for an op of softmax_infogain on a CUDA device, in this order: the table above."""
     if op == "softmax_infogain_backward_matrix" or dtype == torch.float64 or not classes_side_by_side:
         return "triton", "cuda"
     return "cuda", "triton"
+
+
+def asks_for_width(device_type: str) -> bool:
+    """Whether it depends on the width of layers who answers for them."""
+    return device_type == "cuda"
+
+
+def is_wide(z: Tensor, weight: Tensor) -> bool:
+    """Whether a stack of layers is not for the kernels of `cuda`: too wide, or of dtypes that they do not combine."""
+    if max(weight.shape[-2:]) > WIDEST_ON_CUDA:
+        return True
+    return weight.dtype != z.dtype and (z.dtype, weight.itemsize) != (torch.float32, 2)
 
 
 def _kernels(name: str, op: str, device_type: str) -> ModuleType | None:

@@ -16,6 +16,7 @@ from lgd_kernels import backends
 from lgd_kernels.reference import accumulation_dtype
 from lgd_kernels.reference import check_labels as check_labels_of_reference
 from lgd_kernels.reference.decoupled_linear import n_layers_of, stack_by_stack
+from lgd_kernels.stacks import call_by_key
 
 _LIBRARY = torch.library.Library("lgd_kernels", "DEF")
 _names: list[str] = []
@@ -44,13 +45,26 @@ def _check_labels(name: str, args: tuple) -> None:
         check_labels_of_reference(named["labels"], named["ignore_index"], n_rows, wait_for_device=True)
 
 
-def _define(name: str, schema: str, fake: Callable, vmap: Callable | None = None) -> None:
+def _answer_stacks(name: str, device_type: str, logits_at: int | None, *args):
+    """The same for an op on lists of stacks: each stack is answered by the backend that is best for it, so that its
+    results do not depend on what else is in the lists."""
+    (z, weight), wide = args[:2], [False]
+    if backends.asks_for_width(device_type) and 0 < len(z) == len(weight):
+        wide = [backends.is_wide(*stack) for stack in zip(z, weight, strict=True)]
+
+    def call(wide, *args):
+        return getattr(backends.implementation(name, device_type, wide=wide), name)(*args)
+
+    return call_by_key(wide, call, args)
+
+
+def _define(name: str, schema: str, fake: Callable, vmap: Callable | None = None, answer: Callable = _answer) -> None:
     """Define op `name`, answered by whichever backend serves the device."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     arguments = [argument.name for argument in getattr(torch.ops.lgd_kernels, name).default._schema.arguments]
     logits_at = arguments.index("logits") if "logits" in arguments else None
     for key, device_type in (("CPU", "cpu"), ("CUDA", "cuda")):
-        _LIBRARY.impl(name, functools.partial(_answer, name, device_type, logits_at), key)
+        _LIBRARY.impl(name, functools.partial(answer, name, device_type, logits_at), key)
     torch.library.register_fake(f"lgd_kernels::{name}", fake, lib=_LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"lgd_kernels::{name}", vmap, lib=_LIBRARY)
@@ -288,6 +302,7 @@ _define(
     "float[] dual_step, bool[] need_residual, bool[] need_gradient) -> (Tensor, Tensor[], Tensor[], Tensor[])",
     _decoupled_linear_fake,
     lambda info, in_dims, *args: _vmap_over_stacks(decoupled_linear, info, in_dims, *args),
+    _answer_stacks,
 )
 _define(
     "decoupled_linear_backward",
@@ -296,6 +311,7 @@ _define(
     "bool[] need_target, bool[] need_multiplier) -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
     _decoupled_linear_backward_fake,
     lambda info, in_dims, *args: _vmap_over_stacks(decoupled_linear_backward, info, in_dims, *args),
+    _answer_stacks,
 )
 
 _define(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import cuda_on_host
 import pytest
 import torch
 from device import BACKENDS, ON_CPU
@@ -26,6 +29,16 @@ def compiled(request) -> Iterator[None]:
         pytest.skip("the compiled extension is not built")
     with backends.force(name):
         yield
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host_library(tmp_path_factory) -> Path:
+    """The CUDA kernels compiled for the host; LGD_CUDA_ON_HOST names a library that is built already."""
+    if built := os.environ.get("LGD_CUDA_ON_HOST"):
+        return Path(built)
+    if cuda_on_host.compiler() is None:
+        pytest.skip("no C++ compiler to build the CUDA kernels for the host with")
+    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.fixture

@@ -12,13 +12,9 @@ import torch
 
 from lgd_kernels import backends, ops
 
-SERVED = frozenset(name for name in ops.names() if name.startswith("softmax_infogain")) | {"count_labels"}
-LAYER_OPS = {
-    "local_residual",
-    "decoupled_linear",
-    "decoupled_linear_backward",
-    "decoupled_step_",
-}  # of which Triton has kernels
+LAYER_OPS = {"local_residual", "decoupled_linear", "decoupled_linear_backward"}
+OF_THE_LOSS = frozenset(name for name in ops.names() if name.startswith("softmax_infogain")) | {"count_labels"}
+SERVED = OF_THE_LOSS | LAYER_OPS
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built")
 pytestmark = needs_extension
 
@@ -48,7 +44,7 @@ def answers(op: str, x: torch.Tensor | None = None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_answers_where_classes_lie_side_by_side(cuda_kernels, dtype):
-    for op in SERVED - {"softmax_infogain_backward_matrix", "count_labels"}:
+    for op in OF_THE_LOSS - {"softmax_infogain_backward_matrix", "count_labels"}:
         assert answers(op, logits(dtype)) is cuda_kernels
         assert answers(op, logits(dtype, rows_inside=True)) is cuda_kernels
     assert answers("count_labels") is cuda_kernels
@@ -56,7 +52,7 @@ def test_cuda_answers_where_classes_lie_side_by_side(cuda_kernels, dtype):
 
 def test_triton_answers_the_rest(cuda_kernels, triton_kernels):
     apart = torch.empty(2, 5, 3)
-    for op in SERVED - {"count_labels"}:
+    for op in OF_THE_LOSS - {"count_labels"}:
         assert answers(op, logits(torch.float64)) is triton_kernels
         assert answers(op, apart) is triton_kernels
         if op != "softmax_infogain_backward_matrix":
@@ -90,9 +86,77 @@ def test_what_has_no_kernel_is_plain_pytorch(cuda_kernels, monkeypatch):
         assert answers(name) is backends.reference
 
 
-def test_triton_answers_for_layers(triton_kernels):
+def test_cuda_answers_for_narrow_layers(cuda_kernels):
+    assert answers("local_residual", torch.empty(2, 3, 500, dtype=torch.float64).mT) is cuda_kernels
     for name in LAYER_OPS:
-        assert answers(name).OPS and name in answers(name).OPS
+        assert answers(name) is cuda_kernels
+
+
+def test_triton_answers_for_wide_layers(cuda_kernels, triton_kernels):
+    for name in LAYER_OPS - {"local_residual"}:
+        kernels = backends.implementation(name, "cuda", wide=True)
+        assert kernels.OPS and name in kernels.OPS
+        with backends.force("cuda"):
+            assert backends.implementation(name, "cuda", wide=True) is backends.reference
+
+
+def test_triton_answers_for_layers_without_cuda_kernels(triton_kernels, monkeypatch):
+    monkeypatch.setattr(backends, "_cuda_ops", frozenset)
+    for name in LAYER_OPS:
+        assert name in answers(name).OPS
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "dtype", "dtype_of_weight", "wide"),
+    [
+        (128, 128, torch.float32, torch.float32, False),
+        (129, 1, torch.float32, torch.float32, True),
+        (1, 129, torch.float32, torch.float32, True),
+        (0, 0, torch.float64, torch.float64, False),
+        (8, 8, torch.float32, torch.bfloat16, False),
+        (8, 8, torch.float32, torch.float16, False),
+        (8, 8, torch.float16, torch.bfloat16, True),
+        (8, 8, torch.float32, torch.float64, True),
+    ],
+)
+def test_which_layers_are_wide(d_in, d_out, dtype, dtype_of_weight, wide):
+    for stack in ((), (2,)):
+        z, weight = torch.empty(*stack, 3, d_in, dtype=dtype), torch.empty(*stack, d_out, d_in, dtype=dtype_of_weight)
+        assert backends.is_wide(z, weight) == wide
+
+
+def test_the_widest_layer_is_that_of_the_kernels():
+    config = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "decoupled_linear_config.h"
+    assert f"constexpr int kMostWidth = {backends.WIDEST_ON_CUDA};" in config.read_text()
+
+
+@pytest.mark.parametrize("mix", [("narrow", "wide", "narrow"), ("wide", "wide"), ("narrow",)])
+def test_every_stack_of_a_list_is_answered_by_itself(monkeypatch, mix):
+    """Forward and backward: stacks and single layers, numbers for every layer, and upstream gradients."""
+    monkeypatch.setattr(backends, "asks_for_width", lambda device_type: True)
+    seen = []
+
+    def implementation(op, device_type, wide=False):
+        seen.append(wide)
+        return backends.reference
+
+    monkeypatch.setattr(backends, "implementation", implementation)
+    shapes = [((2, 3, 130) if kind == "wide" else (3, 4), (2, 5, 130) if kind == "wide" else (5, 4)) for kind in mix]
+    z, weight = ([torch.randn(shape[i]) for shape in shapes] for i in range(2))
+    outputs = [torch.randn(*x.shape[:-1], 5) for x in z]
+    T = sum(2 if kind == "wide" else 1 for kind in mix)
+    numbers = [1.0 + t for t in range(T)]
+    yes = [True] * len(mix)
+    codes, skip = [t % 9 for t in range(T)], [0.0] * T
+    forward = (z, weight, [None] * len(mix), outputs, [None] * len(mix), codes, True, 1, 0.7, numbers, skip, numbers)
+    forward = (*forward, numbers, yes, yes)
+    found, expected = ops.decoupled_linear(*forward), backends.reference.decoupled_linear(*forward)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    _, *made = expected
+    backward = (z, weight, *made, torch.tensor(numbers), codes, True, skip, numbers, *[yes] * 5)
+    expected = backends.reference.decoupled_linear_backward(*backward)
+    torch.testing.assert_close(ops.decoupled_linear_backward(*backward), expected, rtol=0, atol=0)
+    assert sorted(seen) == sorted([kind == "wide" for kind in set(mix)] * 2)
 
 
 def test_what_is_not_built_cannot_be_forced(monkeypatch):

@@ -5,15 +5,12 @@ Here is a sample of every kernel; `make gates` runs all of test_softmax_infogain
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import test_softmax_infogain
 import torch
 from cases import DTYPES, SOME_KINDS, dtype_name, make_labels
-from cuda_on_host import MODES, Configuration, Kernels, build, compiler
+from cuda_on_host import MODES, Configuration, Kernels
 from oracle import array
 from problem import Problem
 from test_softmax_infogain import KINDS, LAYOUTS, add_special_rows, make, sharpened
@@ -46,21 +43,11 @@ CONFIGURATIONS = {
 by_configuration = pytest.mark.parametrize("kernels", CONFIGURATIONS, indirect=True)
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> Path:
-    """The kernels compiled for the host; LGD_CUDA_ON_HOST names a library that is built already."""
-    if built := os.environ.get("LGD_CUDA_ON_HOST"):
-        return Path(built)
-    if compiler() is None:
-        pytest.skip("no C++ compiler to build the CUDA kernels for the host with")
-    return build(tmp_path_factory.mktemp("cuda_on_host"))
-
-
 @pytest.fixture
-def kernels(request, library, nan_prefill, monkeypatch) -> Kernels:
+def kernels(request, cuda_on_host_library, nan_prefill, monkeypatch) -> Kernels:
     """The kernels in one of CONFIGURATIONS, or the one chosen for the input; they answer for the ops."""
     name = getattr(request, "param", None)
-    kernels = Kernels(library, None if name is None else CONFIGURATIONS[name][0])
+    kernels = Kernels(cuda_on_host_library, None if name is None else CONFIGURATIONS[name][0])
     kernels.run_in_reverse(name is not None and list(CONFIGURATIONS).index(name) % 2 == 1)
     reference = backends.reference
     monkeypatch.setattr(backends, "implementation", lambda op, *_: kernels if hasattr(kernels, op) else reference)

@@ -881,3 +881,14 @@ def test_lists_of_different_dtypes():
         tensors[1] = tensors[1].double()
     with pytest.raises(TypeError, match=r"z\[1\]: has dtype torch.float64, but z\[0\] has dtype torch.float32"):
         lgd.decoupled_linear_loss(*lists)
+
+
+@pytest.mark.cpu
+def test_the_compiled_ops_refuse_what_would_be_read_beyond_its_end(compiled):
+    """A skip where widths differ: the wrappers refuse it before, but ops can be called by anyone."""
+    z, weight, target = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 3, 5)
+    per_layer = ([0.0, 0.5], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"skip: is 0.5 for layer 1, which needs d_in == d_out, got 4 and 5"):
+        forward_op(z, weight, None, target, None, [0, 0], False, 0, 1.0, [1.0] * 2, *per_layer, [0.0] * 2, True, True)
+    with pytest.raises(ValueError, match=r"skip: is 0.5 for layer 1, which needs d_in == d_out, got 4 and 5"):
+        backward_op(z, weight, target, target, target, None, [0, 0], False, *per_layer, *[True] * 5)

@@ -123,7 +123,7 @@ struct GeluTanh {
 
 // f(Activation{}) for the position of its name in lgd_kernels.reference.ACTIVATIONS.
 template <typename F>
-inline void with_activation(long code, const F& f) {
+LGD_HOST_DEVICE void with_activation(long code, const F& f) {
   switch (code) {
     case 0:
       return f(Identity{});
@@ -165,7 +165,7 @@ struct Huber {
 
 // f(HiddenLoss{}) for the position of its name in lgd_kernels.reference.HIDDEN_LOSSES.
 template <typename F>
-inline void with_hidden_loss(long code, const F& f) {
+LGD_HOST_DEVICE void with_hidden_loss(long code, const F& f) {
   return code == 0 ? f(Squared{}) : f(Huber{});
 }
 

@@ -1,6 +1,7 @@
 // Elements of the dtypes of tensors, as numbers of the accumulation type and back.
 #pragma once
 
+#include "../common/dtype.h"
 #include "primitives.cuh"
 
 namespace lgd::gpu {
@@ -8,6 +9,23 @@ namespace lgd::gpu {
 // The type that elements of T are computed in.
 template <typename T>
 using Accumulated = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// f(T{}) for elements of a dtype that are computed in Acc.
+template <typename Acc, typename F>
+int with_element(DType dtype, const F& f) {
+  if constexpr (std::is_same_v<Acc, double>) {
+    return f(double{});
+  } else {
+    switch (dtype) {
+      case DType::BFloat16:
+        return f(BFloat16{});
+      case DType::Float16:
+        return f(Float16{});
+      default:
+        return f(float{});
+    }
+  }
+}
 
 template <typename T>
 constexpr int kPerVector = 16 / static_cast<int>(sizeof(T)); // elements in 128 bits

@@ -144,6 +144,10 @@ template <int N>
 LGD_DEVICE Words<N> load(const void* source) {
   return *static_cast<const Words<N>*>(source);
 }
+template <int N>
+LGD_DEVICE void store(void* target, const Words<N>& words) {
+  *static_cast<Words<N>*>(target) = words;
+}
 
 #ifdef LGD_CUDA_ON_HOST
 
@@ -276,6 +280,128 @@ int launch(const Grid& grid, void* stream, const Arguments&... arguments) {
   config.numAttrs = grid.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products on tensor cores, by all lanes of a warp: d += a b, of which each lane has a fragment in its registers. With
+// g = lane / 4 and t = lane % 4, counted in rows and columns:
+//
+//   d (16, 8)               (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//   a (16, 16) of 16 bits   the pairs at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
+//   b (16, 8) of 16 bits    the pairs in a column at (2t, g), (2t + 8, g)
+//   a (16, 8) of TF32       (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//   b (8, 8) of TF32        (t, g), (t + 4, g)
+// ---------------------------------------------------------------------------------------------------------------------
+
+#ifdef LGD_CUDA_ON_HOST
+
+// What tensor cores take as it is: 10 bits of mantissa, ties away from zero.
+LGD_DEVICE float round_to_tf32(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return std::isfinite(x) ? bits_as<float>((bits + 0x1000u) & 0xffffe000u) : x;
+}
+
+// N matrices (8, 8) of 16 bits from shared memory: lane 8 m + r says where row r of matrix m begins. Each lane gets the
+// pairs at (g, 2t) of every matrix; of its transpose, if `transposed`.
+template <bool transposed, int N>
+LGD_DEVICE void load_matrices(const void* row, uint32_t (&fragment)[N]) {
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const uint16_t* rows[kWarp];
+  cuda_on_host::gather_rows(row, rows);
+  for (int m = 0; m < N; ++m) {
+    const auto at = [&](int i, int k) -> uint32_t { return rows[8 * m + (transposed ? k : i)][transposed ? i : k]; };
+    fragment[m] = at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+  }
+}
+
+// d[i] += the sum of a(row, k) b(k, column) over k < depth, in order.
+template <int depth, typename A, typename B>
+LGD_DEVICE void multiply_lane_by_lane(float (&d)[4], const A& a, const B& b) {
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < depth; ++k) {
+      d[i] += a(g + i / 2 * 8, k) * b(k, 2 * t + i % 2);
+    }
+  }
+}
+
+template <typename T>
+LGD_DEVICE void multiply_halves(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint32_t of_a[kWarp][4], of_b[kWarp][2];
+  cuda_on_host::gather(a, of_a);
+  cuda_on_host::gather(b, of_b);
+  const auto half = [](uint32_t pair, int k) { return to_float(T{static_cast<uint16_t>(pair >> k % 2 * 16)}); };
+  multiply_lane_by_lane<16>(
+      d, [&](int row, int k) { return half(of_a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k); },
+      [&](int k, int column) { return half(of_b[column * 4 + k % 8 / 2][k / 8], k); });
+}
+
+LGD_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint32_t of_a[kWarp][4], of_b[kWarp][2];
+  cuda_on_host::gather(a, of_a);
+  cuda_on_host::gather(b, of_b);
+  const auto number = [](uint32_t bits) { return bits_as<float>(bits & 0xffffe000u); };
+  multiply_lane_by_lane<8>(
+      d, [&](int row, int k) { return number(of_a[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]); },
+      [&](int k, int column) { return number(of_b[column * 4 + k % 4][k / 4]); });
+}
+
+#else
+
+LGD_DEVICE float round_to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits_as<float>(bits);
+}
+
+template <bool transposed, int N>
+LGD_DEVICE void load_matrices(const void* row, uint32_t (&fragment)[N]) {
+  static_assert(N == 2 || N == 4);
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (N == 4 && transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (N == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+#define LGD_MULTIPLY(SHAPE, TYPE)                             \
+  asm("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "   \
+      "{%0, %1, %2, %3};"                                     \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+template <typename T>
+LGD_DEVICE void multiply_halves(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    LGD_MULTIPLY("m16n8k16", "f16");
+  } else {
+    LGD_MULTIPLY("m16n8k16", "bf16");
+  }
+}
+LGD_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  LGD_MULTIPLY("m16n8k8", "tf32");
+}
+
+#undef LGD_MULTIPLY
 
 #endif
 

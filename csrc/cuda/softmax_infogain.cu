@@ -299,18 +299,7 @@ int with_base(const InfogainView& h, const F& f) {
 template <typename Acc, typename F>
 int with_types(const SoftmaxInfogainInput<Acc>& in, const F& f) {
   return with_base<Acc>(in.infogain, [&](auto base) {
-    if constexpr (std::is_same_v<Acc, double>) {
-      return f(base, double{});
-    } else {
-      switch (in.logits.dtype) {
-        case DType::BFloat16:
-          return f(base, BFloat16{});
-        case DType::Float16:
-          return f(base, Float16{});
-        default:
-          return f(base, float{});
-      }
-    }
+    return with_element<Acc>(in.logits.dtype, [&](auto element) { return f(base, element); });
   });
 }
 

@@ -4,11 +4,46 @@
 
 #include <ATen/ops/empty.h>
 
+#include <initializer_list>
+#include <utility>
+
 #include "../cpu/local_residual.h"
-#include "huge_pages.h"
 #include "stacks.h"
+#ifdef LGD_WITH_CUDA
+#include "../cuda/local_residual.h"
+#include "cuda_device.h"
+#endif
 
 namespace lgd {
+namespace {
+
+at::Tensor empty_doubles(int64_t count, const at::Tensor& like) {
+  return at::empty({count}, like.options().dtype(at::kDouble));
+}
+
+// others: the inputs besides the logits.
+template <typename Acc>
+void run(
+    LocalResidual<Acc> io, const at::Tensor& logits,
+    std::initializer_list<std::pair<const char*, OptionalTensor>> others) {
+#ifdef LGD_WITH_CUDA
+  if (is_on_cuda(logits)) {
+    for (const auto& [name, tensor] : others) {
+      check_like(tensor, logits, name, "logits");
+    }
+    const CudaLaunch launch(logits);
+    const at::Tensor tile_energy = empty_doubles(gpu::count_tile_energies(io), logits);
+    io.tile_energy = tile_energy.data_ptr<double>();
+    check_launch(gpu::local_residual(io, launch.stream()), "local_residual");
+    return;
+  }
+#endif
+  const at::Tensor tile_energy = empty_doubles(io.n_layers * logits.size(1), logits);
+  io.tile_energy = tile_energy.data_ptr<double>();
+  LGD_FOR_THIS_CPU(local_residual, (io))
+}
+
+} // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_residual(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& multiplier,
@@ -23,13 +58,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_residual(
   for (const LayerOptions& o : options) {
     TORCH_CHECK_VALUE(o.skip == 0 || skip_input, "skip_input: is needed where skip is not 0, got skip ", o.skip);
   }
-  const auto output = [&](bool needed) {
-    return needed ? empty_on_huge_pages(logits.sizes(), logits.scalar_type()) : empty(logits);
-  };
+  const auto output = [&](bool needed) { return needed ? empty_stack(logits.sizes(), logits) : empty(logits); };
   const at::Tensor residual = output(need_residual), delta = output(need_gradient), q = output(need_gradient);
   const at::ScalarType acc = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor energy = at::empty({n_layers}, logits.options().dtype(acc));
-  const at::Tensor tile_energy = at::empty({n_layers, logits.size(1)}, logits.options().dtype(at::kDouble));
   const Stack of_residual = stack_output(residual, need_residual), of_delta = stack_output(delta, need_gradient),
               of_q = stack_output(q, need_gradient);
   std::vector<ResidualLayer> layers(n_layers);
@@ -53,8 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_residual(
     io.n_layers = n_layers;
     io.hidden_loss = {hidden_loss, kappa};
     io.energy = energy.data_ptr<std::remove_pointer_t<decltype(io.energy)>>();
-    io.tile_energy = tile_energy.data_ptr<double>();
-    LGD_FOR_THIS_CPU(local_residual, (io))
+    run(io, logits, {{"target", target}, {"multiplier", multiplier}, {"skip_input", skip_input}});
   };
   acc == at::kDouble ? call(LocalResidual<double>{}) : call(LocalResidual<float>{});
   return {energy, residual, delta, q};

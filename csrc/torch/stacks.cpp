@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include "../cpu/gemm.h"
+#include "huge_pages.h"
 
 namespace lgd {
 namespace {
@@ -15,10 +16,8 @@ Stack stack_of(const at::Tensor& tensor, const char* name) {
 } // namespace
 
 Matrix Stack::layer(int64_t t) const {
-  if (data == nullptr) {
-    return {};
-  }
-  return {static_cast<char*>(data) + t * layer_stride * element_size(dtype), dtype, row_stride};
+  char* const first = static_cast<char*>(data); // null where there is nothing, or nothing in it
+  return {first == nullptr ? first : first + t * layer_stride * element_size(dtype), dtype, row_stride};
 }
 
 StackInput::StackInput(const OptionalTensor& given, at::IntArrayRef shape, const char* name) {
@@ -36,6 +35,22 @@ Stack stack_output(const at::Tensor& tensor, bool wanted) {
 
 at::Tensor empty(const at::Tensor& like) {
   return at::empty({0}, like.options());
+}
+
+at::Tensor empty_stack(at::IntArrayRef shape, const at::Tensor& like) {
+  return like.is_cpu() ? empty_on_huge_pages(shape, like.scalar_type()) : at::empty(shape, like.options());
+}
+
+void check_like(const OptionalTensor& tensor, const at::Tensor& other, const char* name, const char* name_of_other) {
+  if (!tensor) {
+    return;
+  }
+  TORCH_CHECK_VALUE(
+      tensor->device() == other.device(), name, ": is on ", tensor->device(), ", but ", name_of_other, " is on ",
+      other.device());
+  TORCH_CHECK_TYPE(
+      tensor->scalar_type() == other.scalar_type(), name, ": has dtype ", tensor->scalar_type(), ", but ",
+      name_of_other, " has dtype ", other.scalar_type());
 }
 
 bool takes_bfloat16_products(at::ScalarType dtype, int64_t d_in, int64_t d_out) {

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "../cpu/layers.h"
+#include "../common/layers.h"
 #include "common.h"
 
 namespace lgd {
@@ -32,8 +32,14 @@ struct StackInput {
 // The same for a tensor to be written, made by the caller; absent if it is not wanted.
 Stack stack_output(const at::Tensor& tensor, bool wanted = true);
 
+// An uninitialized contiguous output on the device and in the dtype of `like`.
+at::Tensor empty_stack(at::IntArrayRef shape, const at::Tensor& like);
+
 // What an output that is not wanted is: no elements, with the dtype of `like`.
 at::Tensor empty(const at::Tensor& like);
+
+// Raises unless a tensor is on the device of another and has its dtype, which the kernels for CUDA need.
+void check_like(const OptionalTensor& tensor, const at::Tensor& other, const char* name, const char* name_of_other);
 
 // Whether the products of a layer whose operands have this dtype run in bfloat16 on this CPU.
 bool takes_bfloat16_products(at::ScalarType dtype, int64_t d_in, int64_t d_out);

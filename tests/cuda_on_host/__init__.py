@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,9 @@ from lgd_kernels.reference import accumulation_dtype
 HERE = Path(__file__).resolve().parent
 MODES = ("register_lanes", "register_block", "shared_lanes", "shared_block", "stream", "columns")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as DType in csrc/common/dtype.h
-FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DLGD_CUDA_ON_HOST")
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DLGD_CUDA_ON_HOST")
+PARTS = ("softmax_infogain", "layers", "harness")
+GLUE = ("softmax_infogain", "local_residual", "decoupled_linear")  # files of csrc/torch that CUDA changes
 
 
 def compiler() -> str | None:
@@ -35,12 +38,22 @@ def compiler() -> str | None:
 
 
 def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
-    """Compile the kernels for the host; the library."""
+    """Compile the kernels for the host; the library. Its parts are compiled at the same time."""
+    objects = [folder / f"{name}.o" for name in PARTS]
+    commands = [
+        [compiler(), *FLAGS, *flags, f"-I{HERE}", "-c", HERE / f"{name}.cpp", "-o", target]
+        for name, target in zip(PARTS, objects, strict=True)
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_run, commands))
     library = folder / "cuda_on_host.so"
-    command = [compiler(), *FLAGS, *flags, f"-I{HERE}", HERE / "library.cpp", "-o", library]
+    _run([compiler(), *flags, "-shared", *objects, "-o", library])
+    return library
+
+
+def _run(command: list[str | Path]) -> None:
     completed = subprocess.run(command, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
-    return library
 
 
 def build_glue(library: Path, objects: Path) -> Path:
@@ -48,16 +61,20 @@ def build_glue(library: Path, objects: Path) -> Path:
 
     objects: the folder with the object files of the ordinary build; only what CUDA changes is compiled anew."""
     module = library.with_name("cuda_glue_on_host.so")
-    sources = [HERE / "glue.cpp", HERE.parents[1] / "csrc" / "torch" / "softmax_infogain.cpp"]
-    others = ("common", "huge_pages", "softmax_infogain_autograd", "softmax_infogain_bindings")
-    command = [compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+    csrc = HERE.parents[1] / "csrc"
+    sources = [HERE / "glue.cpp", *(csrc / "torch" / f"{name}.cpp" for name in GLUE)]
+    others = ("common", "huge_pages", "layers_bindings", "softmax_infogain_autograd", "softmax_infogain_bindings")
+    others = [*(f"torch/{name}" for name in (*others, "stacks")), "cpu/gemm"]
+    compiled = [library.with_name(f"glue_{source.stem}.o") for source in sources]
+    command = [compiler(), "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
     command += ["-Wall", "-Wno-unknown-pragmas", "-DLGD_WITH_CUDA=1"]
     command += [f"-I{path}" for path in [*cpp_extension.include_paths("cpu"), sysconfig.get_path("include")]]
-    command += [*sources, *(objects / "csrc" / "torch" / f"{name}.o" for name in others), library]
-    command += [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: _run([*command, "-c", job[0], "-o", job[1]]), zip(sources, compiled, strict=True)))
+    command = [compiler(), "-shared", "-fopenmp", *compiled, *(objects / "csrc" / f"{name}.o" for name in others)]
+    command += [library, *(f"-L{path}" for path in cpp_extension.library_paths("cpu"))]
     command += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", f"-Wl,-rpath,{library.parent}", "-o", module]
-    completed = subprocess.run(command, capture_output=True, text=True)
-    assert completed.returncode == 0, completed.stderr
+    _run(command)
     return module
 
 

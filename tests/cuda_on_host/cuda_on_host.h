@@ -73,6 +73,7 @@ inline Thread* current = nullptr;
 inline bool reversed = false;   // whether the last thread runs first
 inline std::string failure;     // what the first kernel that went wrong did
 inline std::string kernel_name; // of the launch that runs
+inline int launches = 0;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fibers
@@ -291,6 +292,28 @@ inline void warp_sync(unsigned mask) {
   meet(mask, 0);
 }
 
+// What every lane has, an even number of words; all lanes of the warp have to come.
+template <int N>
+void gather(const uint32_t (&own)[N], uint32_t (&all)[32][N]) {
+  for (int i = 0; i < N; i += 2) {
+    meet(0xffffffffu, own[i] | static_cast<uint64_t>(own[i + 1]) << 32);
+    for (int lane = 0; lane < 32; ++lane) {
+      all[lane][i] = static_cast<uint32_t>(exchanged_in_warp()[lane]);
+      all[lane][i + 1] = static_cast<uint32_t>(exchanged_in_warp()[lane] >> 32);
+    }
+  }
+}
+
+// Where the row of every lane begins, 16 bytes in shared memory.
+inline void gather_rows(const void* own, const uint16_t* (&all)[32]) {
+  const int64_t offset = static_cast<const char*>(own) - shared_memory();
+  if (offset < 0 || offset % 16 != 0 || offset + 16 > current->block->shared_bytes) {
+    give_up("loads a row of a matrix at byte " + std::to_string(offset) + " of its shared memory");
+  }
+  meet(0xffffffffu, reinterpret_cast<uint64_t>(own));
+  std::memcpy(all, exchanged_in_warp(), sizeof(all));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The scheduler: lets every thread run until it waits, and releases those whose partners have all come
 // ---------------------------------------------------------------------------------------------------------------------
@@ -483,6 +506,7 @@ inline int run(const char* signature, const Launch& launch, const std::function<
     report(reason);
   }
   body = &call;
+  ++launches;
   for (int64_t first = 0; first < launch.blocks && failure.empty(); first += launch.cluster) {
     std::vector<Block> cluster = make_cluster(launch, first);
     run_cluster(cluster);

@@ -1,13 +1,15 @@
 // The glue of a CUDA build as a Python module on this CPU: it takes the tensors of this CPU for those of a device,
-// whose kernels are those of library.cpp. What the CPU's own kernels would do is not in it.
+// whose kernels are those of cuda_on_host.so. What the CPU's own kernels would do is not in it.
 
 #include <string>
 
 #include "../../csrc/bindings.h"
+#include "../../csrc/cpu/decoupled_linear.h"
+#include "../../csrc/cpu/local_residual.h"
 #include "../../csrc/cpu/softmax_infogain.h"
 #include "../../csrc/torch/cuda_device.h"
 
-extern "C" { // library.cpp
+extern "C" { // harness.cpp
 const char* take_failure();
 void run_in_reverse(bool reverse);
 }
@@ -29,17 +31,32 @@ void check_launch(int status, const char* kernel) {
   TORCH_CHECK(status == 0 && failure.empty(), kernel, ": status ", status, " ", failure);
 }
 
+namespace {
+[[noreturn]] void not_here() {
+  TORCH_CHECK(false, "a CPU kernel was called for a tensor on a CUDA device");
+}
+} // namespace
+
 #define LGD_NOT_HERE(CAPABILITY, Acc)                                                                      \
   void CAPABILITY::softmax_infogain(const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainOutput<Acc>&) { \
-    TORCH_CHECK(false, "a CPU kernel was called for a tensor on a CUDA device");                           \
+    not_here();                                                                                            \
   }                                                                                                        \
   void CAPABILITY::softmax_infogain_double_backward(                                                       \
       const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainDoubleBackward<Acc>&) {                       \
-    TORCH_CHECK(false, "a CPU kernel was called for a tensor on a CUDA device");                           \
+    not_here();                                                                                            \
   }                                                                                                        \
   void CAPABILITY::softmax_infogain_backward_matrix(                                                       \
       const SoftmaxInfogainInput<Acc>&, const SoftmaxInfogainBackwardMatrix<Acc>&) {                       \
-    TORCH_CHECK(false, "a CPU kernel was called for a tensor on a CUDA device");                           \
+    not_here();                                                                                            \
+  }                                                                                                        \
+  void CAPABILITY::local_residual(const LocalResidual<Acc>&) {                                             \
+    not_here();                                                                                            \
+  }                                                                                                        \
+  void CAPABILITY::decoupled_linear(const DecoupledLinear<Acc>&) {                                         \
+    not_here();                                                                                            \
+  }                                                                                                        \
+  void CAPABILITY::decoupled_linear_backward(const DecoupledLinearBackward<Acc>&) {                        \
+    not_here();                                                                                            \
   }
 LGD_NOT_HERE(DEFAULT, float)
 LGD_NOT_HERE(DEFAULT, double)
@@ -52,6 +69,7 @@ LGD_NOT_HERE(AVX512, double)
 
 PYBIND11_MODULE(cuda_glue_on_host, m) {
   lgd::bind_softmax_infogain(m);
+  lgd::bind_layers(m);
   m.def("set_compute_capability", [](int capability) { lgd::pretended_capability = capability; });
   m.def("run_in_reverse", &run_in_reverse);
 }

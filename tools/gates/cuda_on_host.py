@@ -12,8 +12,14 @@ from tools.gates.common import FOLDER, ROOT, GateError, build, objects, run, sum
 from tools.gates.sanitizers import FLAGS, RUNTIMES, sanitizer_runtime
 
 WORK = FOLDER / "cuda_on_host"
-# every combination of two parameters of the first, every parameter of the second
-TESTS = {"test_cuda_on_host.py": 2, "cuda_on_host/full_set.py": 1}
+# how many parameters at a time are fully combined
+TESTS = {
+    "test_cuda_on_host.py": 2,
+    "cuda_on_host/full_set.py": 1,
+    "test_cuda_layers_on_host.py": 1,
+    "cuda_on_host/full_local_residual.py": 1,
+    "cuda_on_host/full_decoupled_linear.py": 1,
+}
 
 
 def cuda_on_host() -> None:

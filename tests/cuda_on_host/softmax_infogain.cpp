@@ -1,12 +1,10 @@
-// The kernels of csrc/cuda compiled for the host, behind functions that Python's ctypes can call. The structs are those
-// of cuda_on_host.py.
+// The kernels of softmax_infogain compiled for the host, behind functions that Python's ctypes can call. The structs
+// are those of cuda_on_host.py.
 
 #include "cuda_on_host.h"
 
 #include "../../csrc/cuda/count_labels.cu"
 #include "../../csrc/cuda/softmax_infogain.cu"
-
-#include "misuse.cuh"
 
 namespace {
 
@@ -142,22 +140,6 @@ int double_backward(const Arguments& a, const int* c) {
 
 int backward_matrix(const Arguments& a) {
   return with_accumulation_type(a, [&](auto acc) { return a.backward_matrix<decltype(acc)>(); });
-}
-
-// Run the threads of a block in reverse from now on, or in order.
-void run_in_reverse(bool reverse) {
-  cuda_on_host::reversed = reverse;
-}
-
-// What went wrong since the last call; valid until the next.
-const char* take_failure() {
-  static std::string last;
-  last = std::exchange(cuda_on_host::failure, "");
-  return last.c_str();
-}
-
-int run_misused(int which, float* result) {
-  return misuse::run(which, result);
 }
 
 } // extern "C"
