@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tools.gates.pytest_plugin import backend_of, keep_only, thinned
+
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tests run: cpu (the default), cuda, cuda:1")
+    parser.addoption("--full", action="store_true", help="run the plain reference on all cases of a test too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,12 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests whose subject is the CPU are marked, and run only there."""
-    if torch.get_default_device().type == "cpu":
-        return
-    about_the_cpu = [item for item in items if item.get_closest_marker("cpu")]
-    config.hook.pytest_deselected(items=about_the_cpu)
-    items[:] = [item for item in items if not item.get_closest_marker("cpu")]
+    """Tests whose subject is the CPU are marked, and run only there. Kernels run all cases of a test; the plain
+    reference, which has no special cases, those in which a pair of parameters' values occurs for the first time."""
+    chosen = set(items)
+    if torch.get_default_device().type != "cpu":
+        chosen = {item for item in chosen if not item.get_closest_marker("cpu")}
+    if not config.getoption("full"):
+        plain = [item for item in items if item in chosen and backend_of(item) == "reference"]
+        chosen -= set(plain) - thinned(plain, 2)
+    keep_only(chosen, config, items)
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,8 @@ def layer_variants() -> list[LayerVariant]:
     others += itertools.product(STEP_KERNELS, ("tf32",), TILED)
     of_library = itertools.product(LIBRARY_KERNELS, ("bfloat16",), ("library",))
     others += itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
-    others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("tall",))
+    # of the largest, where operands are in single precision, the products are the library's
+    others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("128",))
     everywhere = itertools.product([*of_residual, *of_step, *of_products, *of_library], ARCHITECTURES)
     chosen = [*everywhere, *((v, 90) for v in others)]
     return list(dict.fromkeys(LayerVariant(*variant, architecture) for variant, architecture in chosen))
