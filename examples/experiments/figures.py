@@ -10,8 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.plan import TITLES, Experiment
 from experiments.problems import DATA, NETS
@@ -39,12 +40,18 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _layers_axis(ax: Axes, layers: list[int], *, scale: str = "log") -> None:
-    if scale == "log":
-        ax.set_xscale("log", base=2)
+def _layers_axis(ax: Axes, layers: list[int]) -> None:
+    ax.set_xscale("log", base=2)
     ax.set_xticks(layers, [str(n) for n in layers])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("layers")
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,6 +94,7 @@ def curves(results: list[Result], experiment: Experiment, path: Path) -> None:
         over_seconds.plot(np.mean([seconds_of_epochs(r) for r in of_mode], axis=0), mean, **style)
     over_epochs.set(title=f"{CURVES_AT} layers: the same epochs", xlabel="epoch", ylabel="test score (%)")
     over_seconds.set(title="the same seconds", xlabel="CPU seconds of one thread", xscale="log")
+    _plain_numbers(over_seconds.xaxis)
     over_epochs.legend(frameon=False)
     _save(figure, path)
 
@@ -132,6 +140,7 @@ def costs(results: list[Result], experiment: Experiment, path: Path) -> None:
     ax.axhline(1, color=COLORS["backpropagation"], linewidth=0.8)
     ax.set(title="Time of a visit / time of a step of backpropagation (CPU)", ylabel="ratio")
     ax.set_yscale("log")
+    _plain_numbers(ax.yaxis)
     _layers_axis(ax, sorted(_by_layers(results)))
     ax.legend(frameon=False)
     _save(figure, path)

@@ -70,7 +70,8 @@ def _head(results: list[Result], n_runs: int, link: str) -> str:
 def _goals(results: list[Result], experiments: dict[str, Experiment]) -> str:
     lines = ["## Goals, set before the measurements", "", "| goal | found | seeds | verdict |", "|---|---|---:|---|"]
     lines += [
-        f"| {goal.text} | {goal.found or '—'} | {goal.seeds} | {goal.verdict} |" for goal in goals(results, experiments)
+        f"| {goal.text} | {goal.found or '—'} | {goal.seeds} of {goal.of_seeds} | {goal.verdict} |"
+        for goal in goals(results, experiments)
     ]
     return "\n".join(lines)
 
