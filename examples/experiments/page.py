@@ -89,8 +89,15 @@ def _section(
     section.draw(mine, experiment, path)
     link = Path(os.path.relpath(path, folder)).as_posix()
     begun, n_runs = len({r.run.seed for r in mine}), sum(map(section.needs, runs))
-    state = f"{len(mine)} of {n_runs} runs are in, of {begun} of {experiment.seeds} seeds."
+    state = f"{len(mine)} of {n_runs} runs are in, of {begun} of {experiment.seeds} seeds.{_settings(experiment)}"
     return "\n".join([title, "", f"![{section.title}]({link})", "", state, "", *table])
+
+
+def _settings(experiment: Experiment) -> str:
+    if not experiment.epochs:
+        return ""
+    rates = ", ".join(f"{rate:g}" for rate in experiment.learning_rates)
+    return f" {experiment.epochs} epochs, learning rate {rates}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ class Experiment:
     """All combinations of these values are runs.
 
     measure: what is done in a run, a name in `measure.MEASUREMENTS`.
+    learning_rates: of several, the best one for each mode counts, by validation samples which are taken from those for
+        training; with one there are no such samples.
     deepest: the largest number of layers for modes that would take too long in deeper nets.
-    is_tuned: whether the learning rate is chosen for every mode, by validation samples that are taken from those for
-        training; else there is only one.
     """
 
     name: str

@@ -31,7 +31,7 @@ class Result:
     loss: float = math.nan  # mean over the test samples, at the end
     validation_score: float = math.nan
     seconds: float = math.nan  # of training, with the burn-in
-    burn_in_seconds: float = math.nan  # before the first epoch
+    burn_in_seconds: float = math.nan  # of these, until the first visit is over
     curve: tuple[float, ...] = ()  # score of the test samples after every epoch
     cosine: tuple[float, ...] = ()  # of every layer's gradient with backpropagation's
     norm_ratio: tuple[float, ...] = ()  # and their norms, local / backpropagation
