@@ -11,16 +11,16 @@ from torch.optim import Optimizer
 
 from lgd_kernels.arguments import check_int, check_not_negative, one_of
 from lgd_kernels.decoupled.decoupled_step import HEADS, decoupled_step_
-from lgd_kernels.decoupled.energy import Evaluation, Gradient, Net, Point, by_place_of_activation
-from lgd_kernels.decoupled.layers import (
-    LinearLayer,
-    call,
-    chain_of,
-    layers_from,
-    linear_layer,
-    share_storage,
-    split_input,
+from lgd_kernels.decoupled.energy import (
+    Evaluation,
+    Net,
+    Point,
+    by_place_of_activation,
+    move_values_,
+    net_and_input,
+    set_mean_gradients,
 )
+from lgd_kernels.decoupled.layers import LinearLayer, call, layers_from, share_storage
 from lgd_kernels.decoupled.optimizer_state import is_fusable
 from lgd_kernels.decoupled.step_size import largest_curvature
 from lgd_kernels.infogain import Infogain
@@ -225,7 +225,7 @@ class DecoupledNetwork(nn.Module):
         """Puts the mean over the samples of dE/dW into `.grad` of every parameter that requires a gradient, in place of
         what was there; returns the energies (T,), sums over the samples. Nothing else is changed."""
         evaluation = self.evaluation(x, z, target, multiplier=multiplier, rho=rho)
-        self._set_gradients(evaluation.gradients_of_parameters(), len(x))
+        set_mean_gradients(self.parameters(), evaluation.gradients_of_parameters(), len(x))
         return evaluation.energies
 
     def largest_curvature(
@@ -273,14 +273,8 @@ class DecoupledNetwork(nn.Module):
         return weights_of_energy(rho, len(self.layers) - 1, "hidden values")
 
     def _net_and_input(self, x: Tensor) -> tuple[Net, Tensor]:
-        """The net as it is at present, and x behind what its first layer does without parameters, such as Flatten:
-        needed once in a visit, it does not stand between x and a linear layer."""
-        chains = [chain_of(layer) for layer in self.layers]
-        before, chains[0] = split_input(chains[0])
-        x = call(before, x, keep_buffers=False) if before else x
-        linear = [linear_layer(chain) for chain in chains]
         hidden_loss = hidden_loss_code(self.hidden_loss, self.kappa)
-        return Net(chains, linear, self.head_loss, hidden_loss, self.kappa), x
+        return net_and_input(self.layers, x, self.head_loss, hidden_loss, self.kappa)
 
     def _visit_in_one_call_(
         self,
@@ -334,32 +328,15 @@ class DecoupledNetwork(nn.Module):
         dual_step: float,
     ) -> Visit:
         def evaluate(dual: float, keep_buffers: bool) -> Evaluation:
-            """At the present z, after its step of the multiplier."""
-            evaluation = Evaluation(net, Point([x, *z], target, multiplier, rho, dual), keep_buffers=keep_buffers)
-            if dual != 0:
-                for lambda_, e in zip(multiplier, evaluation.residuals, strict=True):
-                    lambda_.add_(e, alpha=dual)
-            return evaluation
+            return Evaluation(net, Point([x, *z], target, multiplier, rho, dual), keep_buffers=keep_buffers)
 
-        for k in range(steps):
-            gradient = evaluate(dual_step if k > 0 else 0.0, keep_buffers=True).hidden_gradient()
-            for value, of_value in zip(z, gradient, strict=True):
-                value.sub_(of_value, alpha=step_size)
-        final = evaluate(dual_step if steps > 0 else 0.0, keep_buffers=False)
+        final = move_values_(evaluate, z, multiplier, step_size=step_size, steps=steps, dual_step=dual_step)
         if optimizer is not None:
             optimizer.zero_grad()
-        self._set_gradients(final.gradients_of_parameters(), len(x))
+        set_mean_gradients(self.parameters(), final.gradients_of_parameters(), len(x))
         if optimizer is not None:
             optimizer.step()
         return Visit(final.energies, _norms(final.residuals, final.energies), _norms(z, final.energies))
-
-    def _set_gradients(self, gradients: list[Gradient], n: int) -> None:
-        """Puts sums over n samples into .grad, as means."""
-        for parameter in self.parameters():
-            parameter.grad = None
-        for parameter, value in gradients:
-            mean = (value / max(n, 1)).to(parameter.dtype)
-            parameter.grad = mean if parameter.grad is None else parameter.grad + mean
 
 
 def _is_one_call(net: Net, x: Tensor, head: str) -> bool:
