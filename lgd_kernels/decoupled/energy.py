@@ -139,8 +139,12 @@ class Evaluation:
     def hidden_gradient(self) -> list[Tensor]:
         """dE/dz_t of the inputs of the layers (of x there is none)."""
         through = self.gradients_through_layers()
-        pulls = self.pulls
+        pulls = self.pulls_of_inputs()
         return [pulls[t - 1] + gradient for t, gradient in through.items()]
+
+    def pulls_of_inputs(self) -> dict[int, Tensor]:
+        """q_(t+1) by layer t, of all that make an input of the layers."""
+        return self.pulls
 
     def gradients_of_parameters(self) -> list[Gradient]:
         """dE/dW of every parameter that has one; several for a parameter that several layers share."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,22 +113,11 @@ class DecoupledNetwork(nn.Module):
     @torch.no_grad()
     def hidden_values(self, x: Tensor) -> list[Tensor]:
         """z_1 .. z_(T-1) of the ordinary net, without a graph. Buffers stay as they are."""
-        values = []
-        for layer in self.layers[:-1]:
-            value = call([layer], x, keep_buffers=True)
-            x = value.clone() if share_storage(value, x) else value  # or a step in place would move both
-            values.append(x)
-        return values
+        return outputs_of(self.layers[:-1], x)
 
     def head_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """L, summed over the samples, from the output of the last layer."""
-        if self.criterion is not None:
-            return self.criterion(output, target)
-        if target.shape != output.shape:
-            raise ValueError(
-                f"target: expected the shape of the output {tuple(output.shape)}, got {tuple(target.shape)}"
-            )
-        return 0.5 * (output - target).square().sum()
+        return head_loss(self.criterion, output, target)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The decoupled net
@@ -169,14 +158,8 @@ class DecoupledNetwork(nn.Module):
                 call. None: the gradients are left in `.grad`, in place of what was there, and the parameters stay.
         """
         rhos = self._check_values(x, z, multiplier, rho)
-        check_int("steps", steps)
-        for name, number in {"steps": steps, "step_size": step_size, "dual_step": dual_step}.items():
-            if number is not None or name != "dual_step":
-                check_not_negative(name, number)
-        dual_step = 0.5 * min(rhos, default=0.0) if dual_step is None else dual_step
-        if multiplier is None:
-            dual_step = 0.0
-
+        check_steps(step_size, steps)
+        dual_step = step_of_multiplier(dual_step, rhos, multiplier)
         net, x = self._net_and_input(x)
         numbers = {"step_size": step_size, "steps": steps, "rho": rhos, "dual_step": dual_step}
         if _is_one_call(net, x, self.head):
@@ -257,20 +240,9 @@ class DecoupledNetwork(nn.Module):
         self, x: Tensor, z: list[Tensor], multiplier: list[Tensor] | None, rho: float | Sequence[float]
     ) -> list[float]:
         """z and multiplier are what a net of T layers needs for the samples of x; rho of every hidden value."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-        _check_list("z", z, len(self.layers))
-        for t, value in enumerate(z):
-            if value.shape[:1] != x.shape[:1]:
-                raise ValueError(f"z[{t}]: has shape {tuple(value.shape)}, but x has shape {tuple(x.shape)}")
-        if multiplier is not None:
-            _check_list("multiplier", multiplier, len(self.layers))
-            for t, (lambda_, value) in enumerate(zip(multiplier, z, strict=True)):
-                if lambda_.shape != value.shape:
-                    raise ValueError(
-                        f"multiplier[{t}]: has shape {tuple(lambda_.shape)}, but z[{t}] has {tuple(value.shape)}"
-                    )
-        return weights_of_energy(rho, len(self.layers) - 1, "hidden values")
+        n_hidden = len(self.layers) - 1
+        check_hidden_values(x, z, multiplier, n_hidden, f"a net of {n_hidden + 1} layers")
+        return weights_of_energy(rho, n_hidden, "hidden values")
 
     def _net_and_input(self, x: Tensor) -> tuple[Net, Tensor]:
         hidden_loss = hidden_loss_code(self.hidden_loss, self.kappa)
@@ -354,14 +326,60 @@ def _is_one_call(net: Net, x: Tensor, head: str) -> bool:
     )
 
 
-def _check_list(name: str, tensors: list[Tensor], n_layers: int) -> None:
-    """Of the hidden values: a list of n_layers - 1 tensors."""
+def head_loss(criterion: SoftmaxInfogainLoss | None, output: Tensor, target: Tensor) -> Tensor:
+    """L, summed over the samples; without a criterion it is the squared error."""
+    if criterion is not None:
+        return criterion(output, target)
+    if target.shape != output.shape:
+        raise ValueError(f"target: expected the shape of the output {tuple(output.shape)}, got {tuple(target.shape)}")
+    return 0.5 * (output - target).square().sum()
+
+
+def outputs_of(layers: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each of the layers makes, one after the other. Buffers stay as they are."""
+    values = []
+    for layer in layers:
+        value = call([layer], x, keep_buffers=True)
+        x = value.clone() if share_storage(value, x) else value  # or a step in place would move both
+        values.append(x)
+    return values
+
+
+def step_of_multiplier(dual_step: float | None, rho: list[float], multiplier: list[Tensor] | None) -> float:
+    """Its size: by default half of the smallest rho; 0 without multipliers."""
+    if dual_step is None:
+        dual_step = 0.5 * min(rho, default=0.0)
+    check_not_negative("dual_step", dual_step)
+    return 0.0 if multiplier is None else dual_step
+
+
+def check_steps(step_size: float, steps: int) -> None:
+    check_not_negative("step_size", step_size)
+    check_int("steps", steps)
+    check_not_negative("steps", steps)
+
+
+def check_hidden_values(x: Tensor, z: list[Tensor], multiplier: list[Tensor] | None, n_hidden: int, owner: str) -> None:
+    """z and multiplier are lists of the owner's n_hidden tensors, for the samples of x."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    _check_list("z", z, n_hidden, owner)
+    for t, value in enumerate(z):
+        if value.shape[:1] != x.shape[:1]:
+            raise ValueError(f"z[{t}]: has shape {tuple(value.shape)}, but x has shape {tuple(x.shape)}")
+    if multiplier is None:
+        return
+    _check_list("multiplier", multiplier, n_hidden, owner)
+    for t, (lambda_, value) in enumerate(zip(multiplier, z, strict=True)):
+        if lambda_.shape != value.shape:
+            raise ValueError(f"multiplier[{t}]: has shape {tuple(lambda_.shape)}, but z[{t}] has {tuple(value.shape)}")
+
+
+def _check_list(name: str, tensors: list[Tensor], n_hidden: int, owner: str) -> None:
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
-    if len(tensors) != n_layers - 1:
-        raise ValueError(
-            f"{name}: has {len(tensors)} tensors, but a net of {n_layers} layers has {n_layers - 1} hidden values"
-        )
+    if len(tensors) != n_hidden:
+        raise ValueError(f"{name}: has {len(tensors)} tensors, but {owner} has {n_hidden} hidden values")
     for t, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{t}]: expected a torch.Tensor, got {type(tensor).__name__}")
