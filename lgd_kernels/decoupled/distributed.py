@@ -39,6 +39,7 @@ from lgd_kernels.decoupled.network import (
     outputs_of,
     step_of_multiplier,
 )
+from lgd_kernels.decoupled.step_size import curvatures, norms_of_samples
 from lgd_kernels.losses.checks import hidden_loss_code, weights_of_energy
 from lgd_kernels.reference import accumulation_dtype
 
@@ -108,6 +109,12 @@ class DistributedNetwork(nn.Module):
         size = -(-n_samples // n_shards)
         return range(min(place * size, n_samples), min((place + 1) * size, n_samples))
 
+    def n_samples(self, n: int) -> int:
+        """The number of samples of all shards, of which this one has n."""
+        device = next(self.parameters()).device
+        (total,) = self._neighbours.sum_over_data([torch.tensor(n, device=device)], "the numbers of samples")
+        return int(total)
+
     # -----------------------------------------------------------------------------------------------------------------
     # The decoupled net
     # -----------------------------------------------------------------------------------------------------------------
@@ -169,6 +176,33 @@ class DistributedNetwork(nn.Module):
             gradients.append(self._neighbours.receive(torch.empty_like(z[-1]), name, UP).wait())
         self._neighbours.all_sent()
         return gradients
+
+    @torch.no_grad()
+    def largest_curvature(
+        self,
+        x: Tensor,
+        z: list[Tensor],
+        target: Tensor,
+        *,
+        multiplier: list[Tensor] | None = None,
+        rho: float | Sequence[float] = 1.0,
+        iterations: int = 10,
+    ) -> float:
+        """As `DecoupledNetwork.largest_curvature`, over the samples of all shards; the power iteration begins with
+        another direction than there."""
+
+        def gradient(values: list[Tensor]) -> list[Tensor]:
+            return self.hidden_gradient(x, values, target, multiplier=multiplier, rho=rho)
+
+        def norms(values: list[Tensor]) -> Tensor:
+            """Over the layers of all ranks; some have no hidden values of their own."""
+            ours = norms_of_samples(values).square() if values else self._empty_input(x).new_zeros(len(x))
+            return self._neighbours.sum_over_layers([ours], "the norms of the samples")[0].sqrt()
+
+        of_samples = curvatures(gradient, z, norms, iterations=iterations)
+        sums = [of_samples.sum(), of_samples.new_tensor(float(len(x)))]
+        total, n = self._neighbours.sum_over_data(sums, "the curvatures")
+        return float(total / n.clamp_min(1))
 
     @torch.no_grad()
     def hidden_values(self, x: Tensor) -> list[Tensor]:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 
 from lgd_kernels.arguments import check_int
 
@@ -40,10 +39,16 @@ def layer_data_mesh(
         raise ValueError(
             f"n_layer, n_data: {n_layer} x {n_data} ranks are {n_layer * n_data}, but there are {dist.get_world_size()}"
         )
-    mesh = init_device_mesh(device_type, (n_layer, n_data), mesh_dim_names=DIMENSIONS)
-    for dimension in DIMENSIONS:  # the mesh makes its groups with the default timeout, of half an hour
-        _set_pg_timeout(timeout, mesh.get_group(dimension))
-    return mesh
+    ranks = torch.arange(n_layer * n_data, device="cpu").view(n_layer, n_data)
+    # not init_device_mesh, whose groups have the default timeout of half an hour
+    groups = [_own_group(lines.tolist(), timeout) for lines in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=DIMENSIONS)
+
+
+def _own_group(lines: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's group of those that the lines of ranks become, which all ranks must make together."""
+    groups = [dist.new_group(ranks, timeout=timeout) for ranks in lines]
+    return next(group for group, ranks in zip(groups, lines, strict=True) if dist.get_rank() in ranks)
 
 
 class Transfer(NamedTuple):

@@ -95,6 +95,10 @@ class DecoupledNetwork(nn.Module):
         if head == "softmax_infogain":
             self.criterion = SoftmaxInfogainLoss(H, ignore_index=ignore_index, reduction="sum")
 
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
     # -----------------------------------------------------------------------------------------------------------------
     # The ordinary net
     # -----------------------------------------------------------------------------------------------------------------
@@ -223,9 +227,6 @@ class DecoupledNetwork(nn.Module):
     ) -> float:
         """Mean over the samples of the largest eigenvalue of each sample's Hessian of E in its z, by power iteration:
         steps of 1 over it are stable, and of 2 over it are not. Nothing is changed."""
-        check_int("iterations", iterations)
-        if iterations < 1:
-            raise ValueError(f"iterations: must be at least 1, got {iterations}")
 
         def gradient(values: list[Tensor]) -> list[Tensor]:
             return self.hidden_gradient(x, values, target, multiplier=multiplier, rho=rho)
