@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import lgd_kernels as lgd
-from lgd_kernels.decoupled import EpochNumbers, StoredValues
+from lgd_kernels.decoupled import EpochNumbers, StoredValues, residual_net
 from lgd_kernels.decoupled.distributed import DistributedNetwork
 from lgd_kernels.decoupled.neighbours import Neighbours, layer_data_mesh
 from lgd_kernels.decoupled.sharded_checkpoint import ShardedCheckpoints
@@ -74,8 +74,9 @@ def train_together(name: str, dtype: torch.dtype, n_layer: int, n_data: int, **o
 
 
 def train_with_checkpoints(folder: Path, visits: int, *args) -> Run:
-    """Go on from the last checkpoint, and save one at the end."""
-    return train_together(*args, visits=visits, checkpoints=ShardedCheckpoints(folder, keep=1))
+    """Go on from the last checkpoint, whose learning rate counts, and save one at the end."""
+    options = {"lr": 1.0} if folder.exists() else {}
+    return train_together(*args, visits=visits, checkpoints=ShardedCheckpoints(folder, keep=1), **options)
 
 
 def die_in_training(victim: int, *args) -> Run:
@@ -109,6 +110,27 @@ def _gradient_and_curvature(net, x, labels) -> tuple[list[Tensor], float]:
     mode.burn_in_(net, x, labels, z, None, EpochNumbers(rho=0.5, step_size=0.2))
     gradient = net.hidden_gradient(x, z, labels, rho=0.5)
     return gradient, net.largest_curvature(x, z, labels, rho=0.5, iterations=60)
+
+
+class Sent(NamedTuple):
+    """Numbers (not bytes) that a rank handed over in a visit."""
+
+    to_neighbours: int
+    to_sums: list[int]  # one by one
+
+
+def count_what_is_sent(n_layer: int, n_data: int, width: int, layers: int, samples: int, steps: int) -> Sent:
+    """In a visit of a residual net with `layers` layers in each block."""
+    to_neighbours, to_sums = [], []
+    isend, all_reduce = dist.isend, dist.all_reduce
+    net = lgd.DecoupledNetwork(residual_net(width, width, layers * n_layer - 1, 3))
+    x, labels = torch.randn(samples, width), torch.randint(3, (samples,))
+    part = DistributedNetwork(net, layer_data_mesh(n_layer, n_data), x)
+    z = part.hidden_values(x)
+    dist.isend = lambda tensor, **options: (to_neighbours.append(tensor.numel()), isend(tensor, **options))[1]
+    dist.all_reduce = lambda tensor, **options: (to_sums.append(tensor.numel()), all_reduce(tensor, **options))[1]
+    part.visit_(x, z, labels, step_size=0.1, steps=steps)
+    return Sent(sum(to_neighbours), to_sums)
 
 
 def let_wait(n_layer: int, n_data: int) -> str:
@@ -160,14 +182,26 @@ def bad_arguments() -> list[str]:
 
 
 def _train(
-    net, x, labels, batches, values, shard, first, state_dict, *, visits=VISITS, checkpoints=None, on_visit=None
+    net,
+    x,
+    labels,
+    batches,
+    values,
+    shard,
+    first,
+    state_dict,
+    *,
+    visits=VISITS,
+    checkpoints=None,
+    on_visit=None,
+    lr=1e-2,
 ) -> Run:
     store = lgd.ActivationStore(len(x), [value.shape[1:] for value in values], dtype=x.dtype)
     everything = store.gather(torch.arange(len(x)))
     for z, value in zip(everything.z, values, strict=True):
         z.copy_(value)
     store.scatter(everything)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, eps=1e-3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, eps=1e-3)
     begin = 0 if checkpoints is None else checkpoints.load(net, optimizer, store) or 0
     made = []
     for batch in batches[begin : begin + visits]:

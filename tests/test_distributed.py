@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import signal
+from pathlib import Path
 
 import distributed_jobs as jobs
 import pytest
@@ -11,6 +13,8 @@ import ranks
 import torch
 
 pytestmark = pytest.mark.cpu
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,21 @@ def test_gradient_and_curvature_of_hidden_values(tmp_path):
         expected = {t: gradient[t][shard.start : shard.stop] for t in got}
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
         assert its_curvature == pytest.approx(curvature, rel=1e-2)
+
+
+def test_model_of_what_is_sent(tmp_path):
+    """That of examples/weak_scaling.py, counted on both ranks of a boundary; beside it there are the logs."""
+    spec = importlib.util.spec_from_file_location("weak_scaling", EXAMPLES / "weak_scaling.py")
+    weak_scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(weak_scaling)
+    layers, width, samples, steps = 2, 5, 7, 3
+    expected = weak_scaling.traffic(weak_scaling.Work(layers, width, samples, steps), 2, 2)
+
+    lower, _, upper, _ = ranks.run(jobs.count_what_is_sent, 4, tmp_path / "job", 2, 2, width, layers, samples, steps)
+    assert weak_scaling.FLOAT * (lower.to_neighbours + upper.to_neighbours) == expected.boundary_bytes
+    gradients, logs = lower.to_sums
+    assert logs == 3 * 2 * layers
+    assert gradients == expected.gradient_bytes / weak_scaling.FLOAT + logs + 1  # of two ranks a ring sends all once
 
 
 # ---------------------------------------------------------------------------------------------------------------------
