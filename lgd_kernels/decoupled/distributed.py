@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lgd_kernels.decoupled.energy import Evaluation, Point, move_values_, net_and_input, set_mean_gradients
+from lgd_kernels.decoupled.energy import Evaluation, Net, Point, move_values_, net_and_input, set_mean_gradients
 from lgd_kernels.decoupled.neighbours import DIMENSIONS, Neighbours, Transfer
 from lgd_kernels.decoupled.network import (
     DecoupledNetwork,
@@ -331,7 +331,15 @@ class _BlockValues:
 class _BlockEvaluation(Evaluation):
     """The layers of a block; the gradient of its first input has a part from the rank below."""
 
-    def __init__(self, net, point, layers, block: range, neighbours: Neighbours, keep_buffers: bool):
+    def __init__(
+        self,
+        net: Net,
+        point: Point,
+        layers: Sequence[int],
+        block: range,
+        neighbours: Neighbours,
+        keep_buffers: bool,
+    ):
         super().__init__(net, point, keep_buffers=keep_buffers, layers=layers)
         self._block, self._neighbours = block, neighbours
         self._arriving: Transfer | None = None

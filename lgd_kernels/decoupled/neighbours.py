@@ -25,7 +25,8 @@ def layer_data_mesh(
     Rank r has block r // n_data and shard r % n_data, so that the ranks that reduce gradients together are neighbours.
     The default process group is made from the environment, as torchrun sets it, unless there is one.
 
-    timeout: after which an operation that a dead or hanging rank keeps waiting ends with an error.
+    timeout: after which an operation that a dead or hanging rank keeps waiting ends with an error; also for all ranks
+        to join, where the default process group is made here.
 
     Raises ValueError if n_layer * n_data is not the number of ranks.
     """
