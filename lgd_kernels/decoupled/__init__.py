@@ -18,6 +18,12 @@ data.py              minibatches in an order that can be repeated
 history.py           what happened in every epoch
 checkpoint.py        the last few checkpoints of a run
 files.py             files that are there whole or not at all
+
+Not imported here, because torch.distributed takes its time and is not in every build of torch:
+
+distributed.py           DistributedNetwork: a block of the layers and a shard of the samples, on each of many ranks
+neighbours.py            layer_data_mesh, and what the ranks tell each other
+sharded_checkpoint.py    ShardedCheckpoints, which any other mesh of ranks can read
 """
 
 from lgd_kernels.decoupled.captured_step import CapturedStep, capture_step

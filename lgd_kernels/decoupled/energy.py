@@ -10,19 +10,28 @@ Indices in code are those of the layers: layer t makes the prediction of target 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lgd_kernels import ops
-from lgd_kernels.decoupled.layers import LinearLayer, call, in_precision_of, split_activation
+from lgd_kernels.decoupled.layers import (
+    LinearLayer,
+    call,
+    chain_of,
+    in_precision_of,
+    linear_layer,
+    split_activation,
+    split_input,
+)
 from lgd_kernels.reference import ACTIVATIONS, accumulation_dtype
 
 
 class Net(NamedTuple):
-    """What the energy needs to know of a net of T layers."""
+    """What the energy needs to know of a net of T layers. Of layers that are never evaluated here, because another
+    process has them, the chain is empty."""
 
     chains: list[list[nn.Module]]  # of every layer
     linear: list[LinearLayer | None]  # the same layers, where the fused ops know them
@@ -31,12 +40,27 @@ class Net(NamedTuple):
     kappa: float
 
 
-class Point(NamedTuple):
-    """Where the energy is evaluated. Lists have T - 1 entries."""
+def net_and_input(
+    layers: Sequence[nn.Module | None],
+    x: Tensor,
+    head_loss: Callable[[Tensor, Tensor], Tensor],
+    hidden_loss: int,
+    kappa: float,
+) -> tuple[Net, Tensor]:
+    """The net as it is at present, and x behind what the first layer does without parameters, such as Flatten: needed
+    once in a visit, it does not stand between x and a linear layer. Layers are None where another process has them."""
+    chains = [[] if layer is None else chain_of(layer) for layer in layers]
+    before, chains[0] = split_input(chains[0])
+    x = call(before, x, keep_buffers=False) if before else x
+    return Net(chains, [linear_layer(chain) for chain in chains], head_loss, hidden_loss, kappa), x
 
-    inputs: list[Tensor]  # T of them: x, z_1 .. z_(T-1)
+
+class Point(NamedTuple):
+    """Where the energy is evaluated. Lists have T - 1 entries, which are None where no evaluated layer needs them."""
+
+    inputs: list[Tensor | None]  # T of them: x, z_1 .. z_(T-1)
     target: Tensor
-    multiplier: list[Tensor] | None
+    multiplier: list[Tensor | None] | None
     rho: list[float]
     dual_step: float = 0.0  # lambda is multiplier + dual_step e
 
@@ -63,60 +87,122 @@ class Part(Protocol):
 
 
 class Evaluation:
-    """All layers at one point. One of the two kinds of gradients may be asked for, once.
+    """All layers at one point, or some of them. One of the two kinds of gradients may be asked for, once.
 
     keep_buffers: leave buffers, such as the running statistics of BatchNorm, as they are.
+    layers: which; None is all. More can be added, when their values have come.
     """
 
-    def __init__(self, net: Net, point: Point, *, keep_buffers: bool = True):
-        self.net, self.point = net, point
-        self._parts = _parts(net, point, keep_buffers)
+    def __init__(self, net: Net, point: Point, *, keep_buffers: bool = True, layers: Sequence[int] | None = None):
+        self.net, self.point, self._keep_buffers = net, point, keep_buffers
+        self._parts: list[Part] = []
+        self.add(range(len(net.chains)) if layers is None else layers)
 
-    def _in_order(self, name: str) -> list[Tensor]:
+    def add(self, layers: Sequence[int]) -> None:
+        """Evaluate these layers too."""
+        self._parts += _parts(self.net, self.point, self._keep_buffers, layers)
+
+    def _by_layer(self, name: str) -> dict[int, Tensor]:
         found = {t: tensor for part in self._parts for t, tensor in zip(part.where, getattr(part, name), strict=False)}
-        return [found[t] for t in sorted(found)]
+        return dict(sorted(found.items()))
 
     @property
     def energies(self) -> Tensor:
         """(T,): sums over the samples; the last one is the loss."""
-        return torch.stack(self._in_order("energies"))
+        return torch.stack(list(self._by_layer("energies").values()))
 
     @property
     def residuals(self) -> list[Tensor]:
         """e_t, T - 1 of them."""
-        return self._in_order("residuals")
+        return list(self._by_layer("residuals").values())
 
     @property
     def deltas(self) -> list[Tensor]:
         """dE/da_t of the raw logits a_t, for all T layers."""
-        return self._in_order("deltas")
+        return list(self._by_layer("deltas").values())
+
+    @property
+    def pulls(self) -> dict[int, Tensor]:
+        """q_(t+1) of the target of layer t."""
+        return self._by_layer("pulls")
+
+    def gradients_through_layers(self) -> dict[int, Tensor]:
+        """What comes to z_t, the input of layer t > 0, through that layer."""
+        found = {
+            t: gradient
+            for part in self._parts
+            for t, gradient in zip(part.where, part.gradients_of_inputs(), strict=True)
+            if t > 0
+        }
+        return dict(sorted(found.items()))
 
     def hidden_gradient(self) -> list[Tensor]:
-        """dE/dz_t, T - 1 of them."""
-        gradients = self._in_order("pulls")
-        for part in self._parts:
-            for t, through_layer in zip(part.where, part.gradients_of_inputs(), strict=True):
-                if t > 0:
-                    gradients[t - 1] = gradients[t - 1] + through_layer
-        return gradients
+        """dE/dz_t of the inputs of the layers (of x there is none)."""
+        through = self.gradients_through_layers()
+        pulls = self.pulls_of_inputs()
+        return [pulls[t - 1] + gradient for t, gradient in through.items()]
+
+    def pulls_of_inputs(self) -> dict[int, Tensor]:
+        """q_(t+1) by layer t, of all that make an input of the layers."""
+        return self.pulls
 
     def gradients_of_parameters(self) -> list[Gradient]:
         """dE/dW of every parameter that has one; several for a parameter that several layers share."""
         return [gradient for part in self._parts for gradient in part.gradients_of_parameters()]
 
 
-def _parts(net: Net, point: Point, keep_buffers: bool) -> list[Part]:
+def move_values_(
+    evaluate: Callable[[float, bool], Evaluation],
+    z: list[Tensor],
+    multiplier: list[Tensor] | None,
+    *,
+    step_size: float,
+    steps: int,
+    dual_step: float,
+) -> Evaluation:
+    """`steps` steps of z and of the multipliers, in place; returns the evaluation at their end, with the dual step in
+    it, for the gradients of the parameters.
+
+    evaluate: (dual_step, keep_buffers) -> the evaluation at the present values, with lambda + dual_step e as the
+        multipliers. z are those that its hidden_gradient is of, multiplier those of its residuals.
+    """
+
+    def evaluate_and_step_multiplier(dual: float, keep_buffers: bool) -> Evaluation:
+        evaluation = evaluate(dual, keep_buffers)
+        if dual != 0:
+            for lambda_, e in zip(multiplier, evaluation.residuals, strict=True):
+                lambda_.add_(e, alpha=dual)
+        return evaluation
+
+    for k in range(steps):
+        gradient = evaluate_and_step_multiplier(dual_step if k > 0 else 0.0, True).hidden_gradient()
+        for value, of_value in zip(z, gradient, strict=True):
+            value.sub_(of_value, alpha=step_size)
+    return evaluate_and_step_multiplier(dual_step if steps > 0 else 0.0, False)
+
+
+def set_mean_gradients(parameters: Iterable[nn.Parameter], gradients: list[Gradient], n: int) -> None:
+    """Puts sums over n samples into .grad of the parameters, as means, in place of what was there."""
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter, value in gradients:
+        mean = (value / max(n, 1)).to(parameter.dtype)
+        parameter.grad = mean if parameter.grad is None else parameter.grad + mean
+
+
+def _parts(net: Net, point: Point, keep_buffers: bool, layers: Sequence[int]) -> list[Part]:
     """The hidden layers that the fused ops know together, in one part for each place of the activation, and every other
     layer by itself."""
     last = len(net.chains) - 1
-    fused = {t: layer for t, layer in enumerate(net.linear[:-1]) if layer is not None and point.inputs[t].dim() == 2}
+    hidden = [t for t in layers if t < last]
+    fused = {t: net.linear[t] for t in hidden if net.linear[t] is not None and point.inputs[t].dim() == 2}
     parts: list[Part] = []
     for preactivation, where in by_place_of_activation(fused).items():
         parts.append(LinearLayers(where, [fused[t] for t in where], preactivation, net, point))
-    for t in range(last):
-        if t not in fused:
-            parts.append(HiddenLayer(t, net, point, keep_buffers))
-    return [*parts, OutputLayer(last, net, point, keep_buffers)]
+    parts += [HiddenLayer(t, net, point, keep_buffers) for t in hidden if t not in fused]
+    if last in layers:
+        parts.append(OutputLayer(last, net, point, keep_buffers))
+    return parts
 
 
 def by_place_of_activation(layers: dict[int, LinearLayer]) -> dict[bool, list[int]]:
@@ -143,7 +229,7 @@ class LinearLayers:
         self.where, self._layers, self._preactivation = where, layers, preactivation
         for t, layer in zip(where, layers, strict=True):
             _check_shapes(t, layer, point)
-        dtype = point.inputs[1].dtype
+        dtype = point.inputs[where[0] + 1].dtype
         wide = accumulation_dtype(dtype)
         narrow = torch.bfloat16 if dtype == torch.bfloat16 else None
         self._inputs = [point.inputs[t].detach().to(wide) for t in where]

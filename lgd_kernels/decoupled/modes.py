@@ -179,7 +179,7 @@ class ReinitializedValues(Mode):
         numbers: EpochNumbers,
     ) -> Visit:
         values = net.hidden_values(x)
-        steps = 4 * len(net.layers) if self.steps is None else self.steps
+        steps = 4 * net.n_layers if self.steps is None else self.steps
         multipliers = [torch.zeros_like(value) for value in values]
         options = {"multiplier": multipliers, "steps": steps, "optimizer": optimizer, **numbers._asdict()}
         return net.visit_(x, values, target, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,16 +11,16 @@ from torch.optim import Optimizer
 
 from lgd_kernels.arguments import check_int, check_not_negative, one_of
 from lgd_kernels.decoupled.decoupled_step import HEADS, decoupled_step_
-from lgd_kernels.decoupled.energy import Evaluation, Gradient, Net, Point, by_place_of_activation
-from lgd_kernels.decoupled.layers import (
-    LinearLayer,
-    call,
-    chain_of,
-    layers_from,
-    linear_layer,
-    share_storage,
-    split_input,
+from lgd_kernels.decoupled.energy import (
+    Evaluation,
+    Net,
+    Point,
+    by_place_of_activation,
+    move_values_,
+    net_and_input,
+    set_mean_gradients,
 )
+from lgd_kernels.decoupled.layers import LinearLayer, call, layers_from, share_storage
 from lgd_kernels.decoupled.optimizer_state import is_fusable
 from lgd_kernels.decoupled.step_size import largest_curvature
 from lgd_kernels.infogain import Infogain
@@ -95,6 +95,10 @@ class DecoupledNetwork(nn.Module):
         if head == "softmax_infogain":
             self.criterion = SoftmaxInfogainLoss(H, ignore_index=ignore_index, reduction="sum")
 
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
     # -----------------------------------------------------------------------------------------------------------------
     # The ordinary net
     # -----------------------------------------------------------------------------------------------------------------
@@ -113,22 +117,11 @@ class DecoupledNetwork(nn.Module):
     @torch.no_grad()
     def hidden_values(self, x: Tensor) -> list[Tensor]:
         """z_1 .. z_(T-1) of the ordinary net, without a graph. Buffers stay as they are."""
-        values = []
-        for layer in self.layers[:-1]:
-            value = call([layer], x, keep_buffers=True)
-            x = value.clone() if share_storage(value, x) else value  # or a step in place would move both
-            values.append(x)
-        return values
+        return outputs_of(self.layers[:-1], x)
 
     def head_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """L, summed over the samples, from the output of the last layer."""
-        if self.criterion is not None:
-            return self.criterion(output, target)
-        if target.shape != output.shape:
-            raise ValueError(
-                f"target: expected the shape of the output {tuple(output.shape)}, got {tuple(target.shape)}"
-            )
-        return 0.5 * (output - target).square().sum()
+        return head_loss(self.criterion, output, target)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The decoupled net
@@ -169,14 +162,8 @@ class DecoupledNetwork(nn.Module):
                 call. None: the gradients are left in `.grad`, in place of what was there, and the parameters stay.
         """
         rhos = self._check_values(x, z, multiplier, rho)
-        check_int("steps", steps)
-        for name, number in {"steps": steps, "step_size": step_size, "dual_step": dual_step}.items():
-            if number is not None or name != "dual_step":
-                check_not_negative(name, number)
-        dual_step = 0.5 * min(rhos, default=0.0) if dual_step is None else dual_step
-        if multiplier is None:
-            dual_step = 0.0
-
+        check_steps(step_size, steps)
+        dual_step = step_of_multiplier(dual_step, rhos, multiplier)
         net, x = self._net_and_input(x)
         numbers = {"step_size": step_size, "steps": steps, "rho": rhos, "dual_step": dual_step}
         if _is_one_call(net, x, self.head):
@@ -225,7 +212,7 @@ class DecoupledNetwork(nn.Module):
         """Puts the mean over the samples of dE/dW into `.grad` of every parameter that requires a gradient, in place of
         what was there; returns the energies (T,), sums over the samples. Nothing else is changed."""
         evaluation = self.evaluation(x, z, target, multiplier=multiplier, rho=rho)
-        self._set_gradients(evaluation.gradients_of_parameters(), len(x))
+        set_mean_gradients(self.parameters(), evaluation.gradients_of_parameters(), len(x))
         return evaluation.energies
 
     def largest_curvature(
@@ -240,9 +227,6 @@ class DecoupledNetwork(nn.Module):
     ) -> float:
         """Mean over the samples of the largest eigenvalue of each sample's Hessian of E in its z, by power iteration:
         steps of 1 over it are stable, and of 2 over it are not. Nothing is changed."""
-        check_int("iterations", iterations)
-        if iterations < 1:
-            raise ValueError(f"iterations: must be at least 1, got {iterations}")
 
         def gradient(values: list[Tensor]) -> list[Tensor]:
             return self.hidden_gradient(x, values, target, multiplier=multiplier, rho=rho)
@@ -257,30 +241,13 @@ class DecoupledNetwork(nn.Module):
         self, x: Tensor, z: list[Tensor], multiplier: list[Tensor] | None, rho: float | Sequence[float]
     ) -> list[float]:
         """z and multiplier are what a net of T layers needs for the samples of x; rho of every hidden value."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-        _check_list("z", z, len(self.layers))
-        for t, value in enumerate(z):
-            if value.shape[:1] != x.shape[:1]:
-                raise ValueError(f"z[{t}]: has shape {tuple(value.shape)}, but x has shape {tuple(x.shape)}")
-        if multiplier is not None:
-            _check_list("multiplier", multiplier, len(self.layers))
-            for t, (lambda_, value) in enumerate(zip(multiplier, z, strict=True)):
-                if lambda_.shape != value.shape:
-                    raise ValueError(
-                        f"multiplier[{t}]: has shape {tuple(lambda_.shape)}, but z[{t}] has {tuple(value.shape)}"
-                    )
-        return weights_of_energy(rho, len(self.layers) - 1, "hidden values")
+        n_hidden = len(self.layers) - 1
+        check_hidden_values(x, z, multiplier, n_hidden, f"a net of {n_hidden + 1} layers")
+        return weights_of_energy(rho, n_hidden, "hidden values")
 
     def _net_and_input(self, x: Tensor) -> tuple[Net, Tensor]:
-        """The net as it is at present, and x behind what its first layer does without parameters, such as Flatten:
-        needed once in a visit, it does not stand between x and a linear layer."""
-        chains = [chain_of(layer) for layer in self.layers]
-        before, chains[0] = split_input(chains[0])
-        x = call(before, x, keep_buffers=False) if before else x
-        linear = [linear_layer(chain) for chain in chains]
         hidden_loss = hidden_loss_code(self.hidden_loss, self.kappa)
-        return Net(chains, linear, self.head_loss, hidden_loss, self.kappa), x
+        return net_and_input(self.layers, x, self.head_loss, hidden_loss, self.kappa)
 
     def _visit_in_one_call_(
         self,
@@ -334,32 +301,15 @@ class DecoupledNetwork(nn.Module):
         dual_step: float,
     ) -> Visit:
         def evaluate(dual: float, keep_buffers: bool) -> Evaluation:
-            """At the present z, after its step of the multiplier."""
-            evaluation = Evaluation(net, Point([x, *z], target, multiplier, rho, dual), keep_buffers=keep_buffers)
-            if dual != 0:
-                for lambda_, e in zip(multiplier, evaluation.residuals, strict=True):
-                    lambda_.add_(e, alpha=dual)
-            return evaluation
+            return Evaluation(net, Point([x, *z], target, multiplier, rho, dual), keep_buffers=keep_buffers)
 
-        for k in range(steps):
-            gradient = evaluate(dual_step if k > 0 else 0.0, keep_buffers=True).hidden_gradient()
-            for value, of_value in zip(z, gradient, strict=True):
-                value.sub_(of_value, alpha=step_size)
-        final = evaluate(dual_step if steps > 0 else 0.0, keep_buffers=False)
+        final = move_values_(evaluate, z, multiplier, step_size=step_size, steps=steps, dual_step=dual_step)
         if optimizer is not None:
             optimizer.zero_grad()
-        self._set_gradients(final.gradients_of_parameters(), len(x))
+        set_mean_gradients(self.parameters(), final.gradients_of_parameters(), len(x))
         if optimizer is not None:
             optimizer.step()
         return Visit(final.energies, _norms(final.residuals, final.energies), _norms(z, final.energies))
-
-    def _set_gradients(self, gradients: list[Gradient], n: int) -> None:
-        """Puts sums over n samples into .grad, as means."""
-        for parameter in self.parameters():
-            parameter.grad = None
-        for parameter, value in gradients:
-            mean = (value / max(n, 1)).to(parameter.dtype)
-            parameter.grad = mean if parameter.grad is None else parameter.grad + mean
 
 
 def _is_one_call(net: Net, x: Tensor, head: str) -> bool:
@@ -377,14 +327,60 @@ def _is_one_call(net: Net, x: Tensor, head: str) -> bool:
     )
 
 
-def _check_list(name: str, tensors: list[Tensor], n_layers: int) -> None:
-    """Of the hidden values: a list of n_layers - 1 tensors."""
+def head_loss(criterion: SoftmaxInfogainLoss | None, output: Tensor, target: Tensor) -> Tensor:
+    """L, summed over the samples; without a criterion it is the squared error."""
+    if criterion is not None:
+        return criterion(output, target)
+    if target.shape != output.shape:
+        raise ValueError(f"target: expected the shape of the output {tuple(output.shape)}, got {tuple(target.shape)}")
+    return 0.5 * (output - target).square().sum()
+
+
+def outputs_of(layers: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each of the layers makes, one after the other. Buffers stay as they are."""
+    values = []
+    for layer in layers:
+        value = call([layer], x, keep_buffers=True)
+        x = value.clone() if share_storage(value, x) else value  # or a step in place would move both
+        values.append(x)
+    return values
+
+
+def step_of_multiplier(dual_step: float | None, rho: list[float], multiplier: list[Tensor] | None) -> float:
+    """Its size: by default half of the smallest rho; 0 without multipliers."""
+    if dual_step is None:
+        dual_step = 0.5 * min(rho, default=0.0)
+    check_not_negative("dual_step", dual_step)
+    return 0.0 if multiplier is None else dual_step
+
+
+def check_steps(step_size: float, steps: int) -> None:
+    check_not_negative("step_size", step_size)
+    check_int("steps", steps)
+    check_not_negative("steps", steps)
+
+
+def check_hidden_values(x: Tensor, z: list[Tensor], multiplier: list[Tensor] | None, n_hidden: int, owner: str) -> None:
+    """z and multiplier are lists of the owner's n_hidden tensors, for the samples of x."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    _check_list("z", z, n_hidden, owner)
+    for t, value in enumerate(z):
+        if value.shape[:1] != x.shape[:1]:
+            raise ValueError(f"z[{t}]: has shape {tuple(value.shape)}, but x has shape {tuple(x.shape)}")
+    if multiplier is None:
+        return
+    _check_list("multiplier", multiplier, n_hidden, owner)
+    for t, (lambda_, value) in enumerate(zip(multiplier, z, strict=True)):
+        if lambda_.shape != value.shape:
+            raise ValueError(f"multiplier[{t}]: has shape {tuple(lambda_.shape)}, but z[{t}] has {tuple(value.shape)}")
+
+
+def _check_list(name: str, tensors: list[Tensor], n_hidden: int, owner: str) -> None:
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
-    if len(tensors) != n_layers - 1:
-        raise ValueError(
-            f"{name}: has {len(tensors)} tensors, but a net of {n_layers} layers has {n_layers - 1} hidden values"
-        )
+    if len(tensors) != n_hidden:
+        raise ValueError(f"{name}: has {len(tensors)} tensors, but {owner} has {n_hidden} hidden values")
     for t, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{t}]: expected a torch.Tensor, got {type(tensor).__name__}")

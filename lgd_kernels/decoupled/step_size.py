@@ -7,34 +7,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lgd_kernels.arguments import check_int
 from lgd_kernels.reference import accumulation_dtype
+
+Gradient = Callable[[list[Tensor]], list[Tensor]]
+
+
+def largest_curvature(gradient: Gradient, z: list[Tensor], *, iterations: int = 10) -> float:
+    """Mean over the samples of `curvatures`; 0 where there is nothing to step: without samples or hidden values."""
+    if sum(value.numel() for value in z) == 0:
+        return 0.0
+    return float(curvatures(gradient, z, norms_of_samples, iterations=iterations).mean())
 
 
 @torch.no_grad()
-def largest_curvature(
-    gradient: Callable[[list[Tensor]], list[Tensor]], z: list[Tensor], *, iterations: int = 10
-) -> float:
-    """Mean over the samples of the largest eigenvalue of each sample's Hessian, by power iteration.
+def curvatures(
+    gradient: Gradient, z: list[Tensor], norms: Callable[[list[Tensor]], Tensor], *, iterations: int
+) -> Tensor:
+    """(n,): the largest eigenvalue of each sample's Hessian, by power iteration.
 
-    gradient: z -> gradient of a sum over samples, like z. z: tensors (n, ...); sample i is row i of them all. The
-    Hessian's product with a direction v is the difference quotient of the gradient along v. The first direction is
-    random but the same in every call. 0 where there is nothing to step: without samples or hidden values.
+    gradient: z -> gradient of a sum over samples, like z. z: tensors (n, ...); sample i is row i of them all. norms:
+    the Euclidean norm of each sample, of tensors like z. The Hessian's product with a direction v is the difference
+    quotient of the gradient along v. The first direction is random but the same in every call.
     """
-    if sum(value.numel() for value in z) == 0:
-        return 0.0
+    check_int("iterations", iterations)
+    if iterations < 1:
+        raise ValueError(f"iterations: must be at least 1, got {iterations}")
     step = 1e-2  # a longer one meets the kinks of relu, a shorter one the rounding of the gradient
     z = [value.to(accumulation_dtype(value.dtype)) for value in z]
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = [torch.randn(value.shape, generator=generator, device="cpu").to(value) for value in z]
     at_z = gradient(z)
     for _ in range(iterations):
-        scale = step / _norm_of_samples(v).clamp_min(1e-30)
+        scale = step / norms(v).clamp_min(1e-30)
         moved = gradient([value + _by_sample(scale, of_value) * of_value for value, of_value in zip(z, v, strict=True)])
         v = [(there - here) / step for there, here in zip(moved, at_z, strict=True)]
-    return float(_norm_of_samples(v).mean())
+    return norms(v)
 
 
-def _norm_of_samples(tensors: list[Tensor]) -> Tensor:
+def norms_of_samples(tensors: list[Tensor]) -> Tensor:
     """(n,): the Euclidean norm of each sample's rows, over all tensors."""
     return torch.stack([tensor.flatten(1).square().sum(1) for tensor in tensors]).sum(0).sqrt()
 
