@@ -214,6 +214,11 @@ def test_a_goal_is_met_when_all_seeds_are_in(ev, page_of):
     assert "| -0.9 points | 5 of 5 | met |" in page
 
 
+def test_a_mode_that_is_left_out_is_not_called_missing(ev, page_of):
+    page = page_of(*scored(ev, "backpropagation", [98.0], layers=64))
+    assert "| 64 | 98.0 (1) | not measured yet | not measured yet | left out |" in page
+
+
 def test_a_goal_is_missed_so_far(ev, page_of):
     page = page_of(*scored(ev, "backpropagation", [98.0]), *scored(ev, "stored_multipliers", [96.9]))
     assert "| -1.1 points | 1 of 5 | **missed** so far |" in page
