@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +71,17 @@ _ABOUT_TILES = (
 _MOST_CLASSES_IN_SMALL_TILES = 64
 
 
-def in_the_interpreter(*arguments: str) -> None:
-    """Run pytest in a process of its own, because a process either interprets or compiles; fail with its output."""
+def in_the_interpreter(*groups: Sequence[str]) -> None:
+    """Run pytest with each group of arguments, side by side: in processes of their own, because a process either
+    interprets or compiles. Fails with the output of those that fail."""
+    with ThreadPoolExecutor(len(groups)) as pool:
+        failures = [output for output in pool.map(_failure, groups) if output is not None]
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+
+
+def _failure(arguments: Sequence[str]) -> str | None:
+    """The output of a run, if it fails."""
     options = ["-p", "interpreter_plugin", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore::RuntimeWarning"]
     files = [HERE / argument if argument.endswith(".py") else argument for argument in arguments]
     completed = subprocess.run(
@@ -81,8 +92,7 @@ def in_the_interpreter(*arguments: str) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if completed.returncode != 0:
-        pytest.fail(completed.stdout, pytrace=False)
+    return completed.stdout if completed.returncode != 0 else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cpu
 
 def test_in_the_interpreter():
     in_the_interpreter(
-        "test_local_residual.py", "test_decoupled_linear.py", "test_decoupled_step.py", "interpreted_layers.py"
+        ("test_local_residual.py", "test_decoupled_step.py"), ("test_decoupled_linear.py", "interpreted_layers.py")
     )
 
 
