@@ -20,7 +20,7 @@ settings.load_profile("tests")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tests run: cpu (the default), cuda, cuda:1")
-    parser.addoption("--full", action="store_true", help="run the plain reference on all cases of a test too")
+    parser.addoption("--full", action="store_true", help="run all cases of every test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,14 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests whose subject is the CPU are marked, and run only there. Kernels run all cases of a test; the plain
-    reference, which has no special cases, those in which a pair of parameters' values occurs for the first time."""
+    """Tests whose subject is the CPU are marked, and run only there. Of the cases of a test kernels run those in which
+    three parameters' values occur together for the first time; the plain reference, which has no special cases, those
+    in which two do."""
     chosen = set(items)
     if torch.get_default_device().type != "cpu":
         chosen = {item for item in chosen if not item.get_closest_marker("cpu")}
     if not config.getoption("full"):
-        plain = [item for item in items if item in chosen and backend_of(item) == "reference"]
-        chosen -= set(plain) - thinned(plain, 2)
+        plain = {item for item in chosen if backend_of(item) == "reference"}
+        in_order = [item for item in items if item in chosen]
+        chosen = thinned([x for x in in_order if x in plain], 2) | thinned([x for x in in_order if x not in plain], 3)
     keep_only(chosen, config, items)
 
 

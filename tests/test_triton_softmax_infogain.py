@@ -77,11 +77,12 @@ def test_a_float64_z_loss_stays_one():
 
 
 def test_which_ops_it_serves():
-    from lgd_kernels.triton_kernels import decoupled_linear, local_residual, softmax_infogain
+    from lgd_kernels.triton_kernels import decoupled_linear, decoupled_step, local_residual, softmax_infogain
 
     wanted = {name: softmax_infogain for name in ops.names() if name.startswith("softmax_infogain")}
     wanted |= {"count_labels": softmax_infogain, "local_residual": local_residual}
     wanted |= dict.fromkeys(("decoupled_linear", "decoupled_linear_backward"), decoupled_linear)
+    wanted |= {"decoupled_step_": decoupled_step}
     for name in ops.names():
         for forced in ("auto", "triton"):
             with backends.force(forced):
