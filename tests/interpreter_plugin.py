@@ -33,7 +33,7 @@ _TOO_LONG = (
     "bit_for_bit[triton-sizes2",
     "1030",
 )
-# a sample of the tests of a visit: all of them take minutes, and its kernels are those of decoupled_linear
+# a sample of the tests of a visit: all of them, with --full, take minutes, and its kernels are those of decoupled_linear
 _OF_A_VISIT = (
     "test_visits[",
     "test_steps_and_optional_tensors",
@@ -136,7 +136,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if not _OF_COMPILED_CODE & set(item.fixturenames)]
     chosen = [item for item in chosen if not any(part in item.nodeid for part in _TOO_LONG + _SAYS_NOTHING_NEW)]
     chosen = [x for x in chosen if x.path.name not in _WITH_THEIR_BACKEND or "backend" in x.fixturenames]
-    chosen = [x for x in chosen if x.path.name != _VISITS or any(part in x.nodeid for part in _OF_A_VISIT)]
+    if not config.getoption("full"):
+        chosen = [x for x in chosen if x.path.name != _VISITS or any(part in x.nodeid for part in _OF_A_VISIT)]
     if config.getoption("tiles") == "small":
         chosen = [item for item in chosen if any(part in item.nodeid for part in _ABOUT_TILES)]
         chosen = [item for item in chosen if parameters(item).get("C", 0) <= _MOST_CLASSES_IN_SMALL_TILES]
