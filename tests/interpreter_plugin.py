@@ -33,7 +33,7 @@ _TOO_LONG = (
     "bit_for_bit[triton-sizes2",
     "1030",
 )
-# a sample of the tests of a visit: all of them, with --full, take minutes, and its kernels are those of decoupled_linear
+# a sample of the tests of a visit, all of them with --full: they take minutes, on the kernels of decoupled_linear
 _OF_A_VISIT = (
     "test_visits[",
     "test_steps_and_optional_tensors",
