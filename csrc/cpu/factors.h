@@ -131,10 +131,10 @@ inline TileView<const Narrow> narrow_tile(const Matrix& matrix, const Tile& tile
   Narrow* buffer = scratch_of<Narrow>(slot, tile.rows * stride);
   for (int64_t i = 0; i < tile.rows; ++i) {
     const char* source = element(row_of(matrix, tile.row + i), tile.column);
-    if (is_narrow(matrix)) {
-      std::memcpy(buffer + i * stride, source, tile.columns * sizeof(Narrow));
-    } else {
+    if (!is_narrow(matrix)) {
       store_elements(reinterpret_cast<const float*>(source), tile.columns, buffer + i * stride, 1);
+    } else if (tile.columns > 0) { // nothing may lie at a null pointer, from which memcpy copies not even nothing
+      std::memcpy(buffer + i * stride, source, tile.columns * sizeof(Narrow));
     }
   }
   return {buffer, stride};
