@@ -39,10 +39,11 @@ import matplotlib.pyplot as plt
 
 BATCH_SIZE = 128
 LEARNING_RATE = 3e-2  # Adam, falling to 0 along a cosine; large because the weights are N(0, 1) times explicit scales
+OF_A_SHALLOW_NET = {"rho": 0.05, "steps": 8, "visits": 1}  # hidden values follow faster; a deep net would oscillate
 WAYS: dict[str, Mode] = {
     "backpropagation": Backpropagation(),
-    "decoupled, z": StoredValues(multipliers=False),
-    "decoupled, z and lambda": StoredValues(),
+    "decoupled, z": StoredValues(multipliers=False, **OF_A_SHALLOW_NET),
+    "decoupled, z and lambda": StoredValues(**OF_A_SHALLOW_NET),
 }
 
 SIMILARITIES = {
@@ -108,7 +109,8 @@ class Trainer:
         x, labels = self.digits.x[rows], self.digits.labels[rows]
         copies = [None if values is None else values[:, rows] for values in (self.z, self.multiplier)]
         z, multiplier = (None if values is None else list(values) for values in copies)
-        visit = self.mode.visit_(self.net, x, labels, z, multiplier, optimizer, self.numbers)
+        for _ in range(self.mode.visits):
+            visit = self.mode.visit_(self.net, x, labels, z, multiplier, optimizer, self.numbers)
         for kept, moved in zip((self.z, self.multiplier), copies, strict=True):
             if kept is not None:
                 kept[:, rows] = moved

@@ -181,7 +181,7 @@ def page_of(ev, tmp_path):
     return write
 
 
-def result(ev, experiment, *, layers=32, mode, seed, rate=0.03, net="residual", **values):
+def result(ev, experiment, *, layers=32, mode, seed, rate=0.01, net="residual", **values):
     run = ev.plan.Run(experiment, "digits", net, layers, mode, rate, 60 if rate else 0, seed)
     if "score" in values:
         values |= {"curve": (values["score"] - 1,) * 59 + (values["score"],), "seconds": 30.0, "burn_in_seconds": 1.0}
@@ -202,7 +202,7 @@ def test_means_errors_and_differences(ev, page_of):
     # standard deviations 1, 23.1 and 0.99 over sqrt(3), sqrt(4) and sqrt(2)
     scores = "97.0 ± 0.6 (3) | 90.0 (1) | 84.6 ± 11.5 (4) | 99.3 ± 0.7 (2)"
     assert f"| digits | residual ReLU nets | 32 | {scores} |" in page
-    assert "10 of 110 runs are in, of 4 of 5 seeds. 60 epochs, learning rate 0.03." in page
+    assert "10 of 110 runs are in, of 4 of 5 seeds. 60 epochs, learning rate 0.01." in page
     assert "points below backpropagation | -0.8 points | 3 of 5 | met so far |" in page  # of -1, -0.5, -1
     worse, better = page.split("Decoupled modes more than 1 point below backpropagation:")[1].split("And those")
     assert worse.strip() == "- digits, residual ReLU nets, 32 layers, stored z: -8.0 points (1)"

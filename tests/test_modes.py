@@ -163,6 +163,13 @@ def test_refused_options(mode, options, error, message):
         mode(**options)
 
 
+def test_refused_visits():
+    with pytest.raises(ValueError, match="visits: must be at least 1, got 0"):
+        StoredValues(visits=0)
+    with pytest.raises(TypeError, match=r"visits: expected an int, got float 2\.0"):
+        StoredValues(visits=2.0)
+
+
 @pytest.mark.parametrize("mode", [StoredValues, ReinitializedValues])
 def test_refused_schedules(mode):
     net, x, labels = make()

@@ -129,7 +129,7 @@ def gradients(results: list[Result], experiment: Experiment, path: Path) -> None
 
 
 def costs(results: list[Result], experiment: Experiment, path: Path) -> None:
-    """The time of a visit over that of a step of backpropagation, against depth."""
+    """The time of a minibatch over that of a step of backpropagation, against depth."""
     figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for mode in experiment.modes:
         by_layers = _by_layers([r for r in results if r.run.mode == mode])
@@ -138,7 +138,7 @@ def costs(results: list[Result], experiment: Experiment, path: Path) -> None:
             means, errors = zip(*((e.mean, e.error) for e in estimates), strict=True)
             ax.errorbar(list(by_layers), means, errors, color=COLORS[mode], label=TITLES[mode], marker="o", capsize=3)
     ax.axhline(1, color=COLORS["backpropagation"], linewidth=0.8)
-    ax.set(title="Time of a visit / time of a step of backpropagation (CPU)", ylabel="ratio")
+    ax.set(title="Time of a minibatch / time of a step of backpropagation (CPU)", ylabel="ratio")
     ax.set_yscale("log")
     _plain_numbers(ax.yaxis)
     _layers_axis(ax, sorted(_by_layers(results)))

@@ -128,7 +128,7 @@ def _gradients(net: lgd.DecoupledNetwork) -> list[Tensor]:
 
 
 def time_visits(run: Run, problem: Problem) -> dict[str, Any]:
-    """A visit in the mode of the run and a step of backpropagation by turns, so that both meet the same machine."""
+    """A minibatch in the mode of the run and a step of backpropagation by turns, so that both meet the same machine."""
     x, target = first_minibatch(problem)
     visit, step = (_timed(network(run, problem), mode, x, target) for mode in (run.mode, "backpropagation"))
     start = time.process_time()
@@ -142,7 +142,7 @@ def time_visits(run: Run, problem: Problem) -> dict[str, Any]:
 
 
 def _timed(net: lgd.DecoupledNetwork, mode_name: str, x: Tensor, target: Tensor) -> Callable[[], float]:
-    """A function that trains on the minibatch once, and returns the CPU seconds."""
+    """A function that trains on the minibatch as in an epoch, and returns the CPU seconds."""
     mode, optimizer = MODES[mode_name], torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     z = net.hidden_values(x) if mode.keeps_values else None
     multiplier = [torch.zeros_like(value) for value in z] if mode.keeps_multipliers else None
@@ -150,7 +150,8 @@ def _timed(net: lgd.DecoupledNetwork, mode_name: str, x: Tensor, target: Tensor)
 
     def timed() -> float:
         start = time.process_time()  # of one thread: whatever else the machine does
-        mode.visit_(net, x, target, z, multiplier, optimizer, numbers)
+        for _ in range(mode.visits):
+            mode.visit_(net, x, target, z, multiplier, optimizer, numbers)
         return time.process_time() - start
 
     return timed

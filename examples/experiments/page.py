@@ -61,10 +61,14 @@ def _head(results: list[Result], n_runs: int, link: str) -> str:
         "regression of the variance explained. Net and data are the same for all modes:\n\n"
         f"- {TITLES['backpropagation']};\n"
         f"- {TITLES['stored']}: `StoredValues(multipliers=False)`;\n"
-        f"- {TITLES['stored_multipliers']}: `StoredValues()`;\n"
+        f"- {TITLES['stored_multipliers']}: `StoredValues()`, both with {_visits('stored')} for every minibatch;\n"
         f"- {TITLES['reinitialized']}: `ReinitializedValues()`, with 4 steps of z for every layer and multipliers that "
         "begin at 0 in every visit."
     )
+
+
+def _visits(mode: str) -> str:
+    return f"{MODES[mode].visits} visits of {MODES[mode].steps} steps of z"
 
 
 def _goals(results: list[Result], experiments: dict[str, Experiment]) -> str:
@@ -289,10 +293,10 @@ SECTIONS = (
         "Cost of a step against depth",
         "cost",
         "cost.png",
-        f"The CPU time of a visit over that of a step of backpropagation with the same minibatch of {BATCH_SIZE} "
-        f"samples, nets of width {WIDTH}, Adam: **a ratio on a CPU with one thread**. Both by turns in one run, "
-        f"medians of {PAIRS}. A visit of stored z takes {MODES['stored'].steps} steps of z where it does not say "
-        "otherwise. Without the store's gather and scatter.",
+        f"The CPU time of what a mode does with a minibatch of {BATCH_SIZE} samples over that of a step of "
+        f"backpropagation, nets of width {WIDTH}, Adam: **a ratio on a CPU with one thread**. Both by turns in one "
+        f"run, medians of {PAIRS}. Stored z takes {_visits('stored')} where it does not say otherwise. Without the "
+        "store's gather and scatter.",
         figures.costs,
         _costs,
     ),

@@ -35,8 +35,8 @@ class Result:
     curve: tuple[float, ...] = ()  # score of the test samples after every epoch
     cosine: tuple[float, ...] = ()  # of every layer's gradient with backpropagation's
     norm_ratio: tuple[float, ...] = ()  # and their norms, local / backpropagation
-    milliseconds: float = math.nan  # median of a visit
-    backpropagation_milliseconds: float = math.nan  # of the same minibatch, by turns with the visits
+    milliseconds: float = math.nan  # median of a minibatch in this mode
+    backpropagation_milliseconds: float = math.nan  # of the same minibatch, by turns
     relative_error: tuple[float, ...] = ()  # of the gradient after T, 2 T, 4 T, ... steps of z in a net of T layers
 
 

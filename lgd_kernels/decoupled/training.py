@@ -118,10 +118,10 @@ class Training:
         self.net.train()
         left = self.batches.of_epoch(self.epoch)[self.batch :]
         for i, (x, target) in enumerate(self.batches.load(left, self.device)):
-            self._visit(left[i], x, target, left[i + 1] if i + 1 < len(left) else None)
+            self._visit_minibatch(left[i], x, target, left[i + 1] if i + 1 < len(left) else None)
             yield
 
-    def _visit(self, indices: Tensor, x: Tensor, target: Tensor, coming: Tensor | None) -> None:
+    def _visit_minibatch(self, indices: Tensor, x: Tensor, target: Tensor, coming: Tensor | None) -> None:
         stored = None if self.store is None else self.store.gather(indices)
         values = (None, None) if stored is None else (stored.z, stored.multiplier)
         if self.batch == 0:
@@ -129,14 +129,15 @@ class Training:
         if stored is not None and coming is not None:
             self.store.prefetch(coming)
         optimizer = self.optimizer if self._clip_grad_norm is None else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            visit = self.mode.visit_(self.net, x, target, *values, optimizer, self.numbers)
-        if self._clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self._clip_grad_norm)
-            self.optimizer.step()
+        for _ in range(self.mode.visits):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                visit = self.mode.visit_(self.net, x, target, *values, optimizer, self.numbers)
+            if self._clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.net.parameters(), self._clip_grad_norm)
+                self.optimizer.step()
+            self._sums.add_(len(x), *visit)
         if stored is not None:
             self.store.scatter(stored)
-        self._sums.add_(len(x), *visit)
         self.batch += 1
         self.step += 1
 
