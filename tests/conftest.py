@@ -8,6 +8,7 @@ import os
 # both: where other processes want the cores too, 1,258 tests took 12 s of CPU instead of 25.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import interpreted_runs
 import pytest
 import torch
 from hypothesis import settings
@@ -28,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products with the same bits in every run
         torch.set_default_device(device)
+    config.pluginmanager.register(interpreted_runs.InterpretedRuns(), "interpreted_runs")
     config.pluginmanager.import_plugin("shared_fixtures")  # not before: which backends they offer depends on the device
 
 

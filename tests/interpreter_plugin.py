@@ -1,16 +1,9 @@
 """A pytest plugin (`-p interpreter_plugin`) that runs the tests of ops on the Triton kernels, in Triton's interpreter
 (TRITON_INTERPRET=1): thinned, and with `--tiles=small` on tiles so small that most rows or layers take several.
 
-`in_the_interpreter` starts a process for it."""
+interpreted_runs.py starts the processes for it."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +11,6 @@ import torch
 
 from tools.gates.pytest_plugin import keep_only, parameters, thinned
 
-HERE = Path(__file__).parent
 _OF_COMPILED_CODE = {"compiled", "threads"}  # fixtures
 _VISITS = "test_decoupled_step.py"
 _WITH_THEIR_BACKEND = ("test_local_residual.py", "test_decoupled_linear.py", _VISITS)  # others are on the CPU's
@@ -69,30 +61,6 @@ _ABOUT_TILES = (
     "masked_class",
 )
 _MOST_CLASSES_IN_SMALL_TILES = 64
-
-
-def in_the_interpreter(*groups: Sequence[str]) -> None:
-    """Run pytest with each group of arguments, side by side: in processes of their own, because a process either
-    interprets or compiles. Fails with the output of those that fail."""
-    with ThreadPoolExecutor(len(groups)) as pool:
-        failures = [output for output in pool.map(_failure, groups) if output is not None]
-    if failures:
-        pytest.fail("\n".join(failures), pytrace=False)
-
-
-def _failure(arguments: Sequence[str]) -> str | None:
-    """The output of a run, if it fails."""
-    options = ["-p", "interpreter_plugin", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore::RuntimeWarning"]
-    files = [HERE / argument if argument.endswith(".py") else argument for argument in arguments]
-    completed = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=HERE.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return completed.stdout if completed.returncode != 0 else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter_plugin import in_the_interpreter
 
 from tools.gates.triton_ahead_of_time import compile_variant
 from tools.gates.triton_layers import LayerVariant
@@ -14,10 +13,14 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.cpu
 
 
-def test_in_the_interpreter():
-    in_the_interpreter(
-        ("test_local_residual.py", "test_decoupled_step.py"), ("test_decoupled_linear.py", "interpreted_layers.py")
-    )
+@pytest.mark.interpreted("test_local_residual.py", "test_decoupled_step.py")
+def test_residuals_and_visits_in_the_interpreter(interpreted):
+    pass
+
+
+@pytest.mark.interpreted("test_decoupled_linear.py", "interpreted_layers.py")
+def test_linear_layers_in_the_interpreter(interpreted):
+    pass
 
 
 @pytest.mark.parametrize(

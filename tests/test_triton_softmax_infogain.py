@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter_plugin import in_the_interpreter
 
 from lgd_kernels import backends, ops
 from tools.gates.triton_ahead_of_time import Variant, compile_variant
@@ -21,10 +20,14 @@ pytestmark = pytest.mark.cpu
 HERE = Path(__file__).parent
 
 
-def test_in_the_interpreter():
-    as_launched = ("test_softmax_infogain.py", "interpreted_softmax_infogain.py")
-    small_tiles = ("test_softmax_infogain.py", "--tiles=small")
-    in_the_interpreter(as_launched, small_tiles)
+@pytest.mark.interpreted("test_softmax_infogain.py", "interpreted_softmax_infogain.py")
+def test_in_the_interpreter(interpreted):
+    pass
+
+
+@pytest.mark.interpreted("test_softmax_infogain.py", "--tiles=small")
+def test_in_the_interpreter_with_small_tiles(interpreted):
+    pass
 
 
 @pytest.mark.parametrize(
