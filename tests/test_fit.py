@@ -14,7 +14,9 @@ import lgd_kernels as lgd
 from lgd_kernels.decoupled import (
     Backpropagation,
     Callback,
+    EpochNumbers,
     History,
+    Mode,
     ReinitializedValues,
     StoredValues,
     residual_net,
@@ -111,6 +113,24 @@ def test_it_is_the_loop_that_one_would_write():
         assert history.step_size[epoch] == of_epoch.step_size
         assert history.loss[epoch] == pytest.approx(loss / (2 * N), rel=1e-12)  # the same numbers, added in float64
     assert_same_nets(net, plain)
+
+
+class OneStep(Mode):
+    """What a user may write, without more than there must be."""
+
+    keeps_values = True
+
+    def start_epoch(self, net, epoch, x, target, z, multiplier):
+        return EpochNumbers(rho=1.0, step_size=0.1)
+
+    def visit_(self, net, x, target, z, multiplier, optimizer, numbers):
+        return net.visit_(x, z, target, step_size=numbers.step_size, rho=numbers.rho, optimizer=optimizer)
+
+
+def test_a_mode_of_ones_own():
+    net, data = make_net(), samples()
+    history = fit(net, data, 15, mode=OneStep(), validation=data)
+    assert history.validation_loss[-1] < 0.8 * history.validation_loss[0] and history.step_size == [0.1] * 15
 
 
 def test_the_history_tells_what_happened():

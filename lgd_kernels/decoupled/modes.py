@@ -64,6 +64,18 @@ class Mode(ABC):
     ) -> Visit:
         """Trains on a minibatch. Without an optimizer the parameters' mean gradients are left in `.grad`."""
 
+    def burn_in_(  # noqa: B027 nothing is a good default
+        self,
+        net: DecoupledNetwork,
+        x: Tensor,
+        target: Tensor,
+        z: list[Tensor],
+        multiplier: Values,
+        numbers: EpochNumbers,
+    ) -> None:
+        """Moves a minibatch's z, where it is stored, from the values of the net fed forward before training begins; by
+        default not at all."""
+
 
 @dataclass(frozen=True)
 class StoredValues(Mode):
