@@ -121,7 +121,7 @@ class OneStep(Mode):
     keeps_values = True
 
     def start_epoch(self, net, epoch, x, target, z, multiplier):
-        return EpochNumbers(rho=1.0, step_size=0.1)
+        return EpochNumbers(rho=0.1, step_size=1.0)
 
     def visit_(self, net, x, target, z, multiplier, optimizer, numbers):
         return net.visit_(x, z, target, step_size=numbers.step_size, rho=numbers.rho, optimizer=optimizer)
@@ -130,7 +130,7 @@ class OneStep(Mode):
 def test_a_mode_of_ones_own():
     net, data = make_net(), samples()
     history = fit(net, data, 15, mode=OneStep(), validation=data)
-    assert history.validation_loss[-1] < 0.8 * history.validation_loss[0] and history.step_size == [0.1] * 15
+    assert history.validation_loss[-1] < 0.8 * history.validation_loss[0] and history.step_size == [1.0] * 15
 
 
 def test_the_history_tells_what_happened():
