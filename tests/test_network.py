@@ -21,7 +21,7 @@ from small_networks import NETS, N, Residual, make, unfused
 from torch import nn
 
 import lgd_kernels as lgd
-from lgd_kernels.decoupled import LinearBlock, network, residual_net
+from lgd_kernels.decoupled import LinearBlock, network, parameter_groups, residual_net
 from lgd_kernels.decoupled.layers import chain_of, linear_layer
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="sum")
@@ -785,3 +785,20 @@ def test_refused_target_of_a_squared_head():
         net.loss(x, torch.randn(N, 1))
     with pytest.raises(ValueError, match=message):
         net.hidden_gradient(x, net.hidden_values(x), torch.randn(N, 1))
+
+
+def test_rates_of_weights_and_biases():
+    """Every parameter once; and one step of Adam has the size of its rate."""
+    layers = [
+        *residual_net(4, 6, 3, 2),
+        LinearBlock(2, 2, activation="tanh", preactivation=False, skip=0.0, branch_scale=0.5, bias=False),
+    ]
+    before = [p.detach().clone() for layer in layers for p in layer.parameters()]
+    optimizer = torch.optim.Adam(parameter_groups(layers, 0.25))
+    sum(p.sum() for layer in layers for p in layer.parameters()).backward()
+    optimizer.step()
+    steps = [
+        float((b - p).mean()) for b, p in zip(before, (p for layer in layers for p in layer.parameters()), strict=True)
+    ]
+    hidden = 0.25 / 18**0.5  # the rate times the branch scale 1 / sqrt(width depth)
+    assert steps == pytest.approx([0.25, 0.25 / 2, 0.25, hidden, 0.25, hidden, 0.25, 0.25 / 6**0.5, 0.25], rel=1e-5)

@@ -16,7 +16,7 @@ import lgd_kernels as lgd
 from experiments.plan import BATCH_SIZE, MODES, Experiment, Run
 from experiments.problems import Problem, Samples, load, network
 from experiments.results import Result
-from lgd_kernels.decoupled import Callback, Training
+from lgd_kernels.decoupled import Callback, Training, parameter_groups
 
 PAIRS = 15  # of a visit and a step of backpropagation, of which the cost is the median
 CONVERGED = 1e-6  # relative error at which a linear net needs no more steps
@@ -59,7 +59,7 @@ class Curve(Callback):
 
 def train(run: Run, problem: Problem) -> dict[str, Any]:
     net = network(run, problem)
-    optimizer = torch.optim.Adam(net.parameters(), lr=run.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(parameter_groups(net.layers, run.learning_rate), fused=True)
     curve = Curve(problem.test)
     lgd.fit(
         net,

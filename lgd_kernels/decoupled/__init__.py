@@ -30,7 +30,7 @@ from lgd_kernels.decoupled.captured_step import CapturedStep, capture_step
 from lgd_kernels.decoupled.checkpoint import Checkpoints
 from lgd_kernels.decoupled.decoupled_step import decoupled_step_
 from lgd_kernels.decoupled.history import History
-from lgd_kernels.decoupled.linear_block import LinearBlock, residual_net
+from lgd_kernels.decoupled.linear_block import LinearBlock, parameter_groups, residual_net
 from lgd_kernels.decoupled.modes import Backpropagation, EpochNumbers, Mode, ReinitializedValues, StoredValues
 from lgd_kernels.decoupled.network import DecoupledNetwork, Visit
 from lgd_kernels.decoupled.store import ActivationStore, StoredBatch
@@ -56,5 +56,6 @@ __all__ = [
     "capture_step",
     "decoupled_step_",
     "fit",
+    "parameter_groups",
     "residual_net",
 ]

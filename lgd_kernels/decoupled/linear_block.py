@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +75,21 @@ class LinearBlock(nn.Module):
             f"{d_in}, {d_out}, {self.activation} {place}, skip={self.skip:g}, branch_scale={self.branch_scale:.3g}, "
             f"bias={self.bias is not None}"
         )
+
+
+def parameter_groups(layers: Iterable[LinearBlock], lr: float) -> list[dict]:
+    """The parameters of layers for an optimizer such as Adam, whose steps have the size of the learning rate whatever
+    the gradient: lr for weights, and lr * branch_scale for biases, so that both move a layer's output alike.
+
+    With the same rate for both, the biases of many layers together outrun the weights: with 31 hidden values, stored z
+    and multipliers, 1 visit of 8 steps and lr 0.03, digits came to 93.6 % instead of 96.7 (1 seed).
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for layer in layers:
+        groups.setdefault(lr, []).append(layer.weight)
+        if layer.bias is not None:
+            groups.setdefault(lr * layer.branch_scale, []).append(layer.bias)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 def residual_net(n_inputs: int, width: int, depth: int, n_classes: int, activation: str = "relu") -> list[LinearBlock]:
