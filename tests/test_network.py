@@ -798,7 +798,7 @@ def test_rates_of_weights_and_biases():
     sum(p.sum() for layer in layers for p in layer.parameters()).backward()
     optimizer.step()
     steps = [
-        float((b - p).mean()) for b, p in zip(before, (p for layer in layers for p in layer.parameters()), strict=True)
+        float((b - p.detach()).mean()) for b, p in zip(before, (p for layer in layers for p in layer.parameters()), strict=True)
     ]
     hidden = 0.25 / 18**0.5  # the rate times the branch scale 1 / sqrt(width depth)
     assert steps == pytest.approx([0.25, 0.25 / 2, 0.25, hidden, 0.25, hidden, 0.25, 0.25 / 6**0.5, 0.25], rel=1e-5)
