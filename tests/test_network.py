@@ -789,16 +789,14 @@ def test_refused_target_of_a_squared_head():
 
 def test_rates_of_weights_and_biases():
     """Every parameter once; and one step of Adam has the size of its rate."""
-    layers = [
-        *residual_net(4, 6, 3, 2),
-        LinearBlock(2, 2, activation="tanh", preactivation=False, skip=0.0, branch_scale=0.5, bias=False),
-    ]
-    before = [p.detach().clone() for layer in layers for p in layer.parameters()]
-    optimizer = torch.optim.Adam(parameter_groups(layers, 0.25))
-    sum(p.sum() for layer in layers for p in layer.parameters()).backward()
+    blocks = residual_net(4, 6, 3, 2)
+    without = LinearBlock(2, 2, activation="tanh", preactivation=False, skip=0.0, branch_scale=0.5, bias=False)
+    net = lgd.DecoupledNetwork([*blocks, without, nn.Linear(2, 2)])
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = torch.optim.Adam(parameter_groups(net, 0.25))
+    sum(p.sum() for p in net.parameters()).backward()
     optimizer.step()
-    steps = [
-        float((b - p.detach()).mean()) for b, p in zip(before, (p for layer in layers for p in layer.parameters()), strict=True)
-    ]
+    steps = [float((b - p.detach()).mean()) for b, p in zip(before, net.parameters(), strict=True)]
     hidden = 0.25 / 18**0.5  # the rate times the branch scale 1 / sqrt(width depth)
-    assert steps == pytest.approx([0.25, 0.25 / 2, 0.25, hidden, 0.25, hidden, 0.25, 0.25 / 6**0.5, 0.25], rel=1e-5)
+    of_blocks = [0.25, 0.25 / 2, 0.25, hidden, 0.25, hidden, 0.25, 0.25 / 6**0.5]
+    assert steps == pytest.approx([*of_blocks, 0.25, 0.25, 0.25], rel=1e-5)

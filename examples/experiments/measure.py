@@ -59,7 +59,7 @@ class Curve(Callback):
 
 def train(run: Run, problem: Problem) -> dict[str, Any]:
     net = network(run, problem)
-    optimizer = torch.optim.Adam(parameter_groups(net.layers, run.learning_rate), fused=True)
+    optimizer = torch.optim.Adam(parameter_groups(net, run.learning_rate), fused=True)
     curve = Curve(problem.test)
     lgd.fit(
         net,

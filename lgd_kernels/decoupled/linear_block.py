@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -77,18 +75,22 @@ class LinearBlock(nn.Module):
         )
 
 
-def parameter_groups(layers: Iterable[LinearBlock], lr: float) -> list[dict]:
-    """The parameters of layers for an optimizer such as Adam, whose steps have the size of the learning rate whatever
-    the gradient: lr for weights, and lr * branch_scale for biases, so that both move a layer's output alike.
+def parameter_groups(net: nn.Module, lr: float) -> list[dict]:
+    """The parameters of a net for an optimizer such as Adam, whose steps have the size of the learning rate whatever
+    the gradient: lr, but lr * branch_scale for the bias of a `LinearBlock`, so that it moves the block's output like
+    its weight.
 
     With the same rate for both, the biases of many layers together outrun the weights: with 31 hidden values, stored z
     and multipliers, 1 visit of 8 steps and lr 0.03, digits came to 93.6 % instead of 96.7 (1 seed).
     """
+    rates = {
+        block.bias: lr * block.branch_scale
+        for block in net.modules()
+        if isinstance(block, LinearBlock) and block.bias is not None
+    }
     groups: dict[float, list[nn.Parameter]] = {}
-    for layer in layers:
-        groups.setdefault(lr, []).append(layer.weight)
-        if layer.bias is not None:
-            groups.setdefault(lr * layer.branch_scale, []).append(layer.bias)
+    for parameter in net.parameters():
+        groups.setdefault(rates.get(parameter, lr), []).append(parameter)
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 

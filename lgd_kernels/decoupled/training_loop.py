@@ -59,7 +59,7 @@ def fit(
     """Train a net, and return what happened in every epoch.
 
         net = lgd.DecoupledNetwork(residual_net(64, 64, 31, 10))
-        optimizer = torch.optim.Adam(parameter_groups(net.layers, lr=1e-2))
+        optimizer = torch.optim.Adam(parameter_groups(net, lr=1e-2))
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
         history = lgd.fit(net, (x, labels), epochs=60, optimizer=optimizer, scheduler=scheduler,
                           validation=(test_x, test_labels), checkpoint="runs/digits", resume=True)
