@@ -262,9 +262,9 @@ def test_measured_tiles_are_those_of_their_class_alone():
 
 def test_entries_for_other_architectures_are_not_used():
     """In a file of theirs, and in one that has another's name."""
-    of_another = entry_of(ODD, dataclasses.replace(PRODUCT, architecture=80))
-    write_entries(of_another)
-    write_table(path_of(80), dataclasses.replace(MACHINE, entries=[entry_of(ODD), of_another]))
+    product, deeper = dataclasses.replace(PRODUCT, architecture=80), dataclasses.replace(ODD, depth=64)
+    write_entries(entry_of(deeper, product))
+    write_table(path_of(80), dataclasses.replace(MACHINE, entries=[entry_of(deeper), entry_of(ODD, product)]))
     assert linear_tiles(128, 64, 2, "half", 90) == counted_tiles(128, 64, 2, "half", 90)
     assert linear_tiles(128, 64, 2, "half", 80) == ODD
 
