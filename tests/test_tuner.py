@@ -122,12 +122,13 @@ def test_no_entry_where_the_default_is_wrong_or_nothing_passes():
     assert not path_of(90).exists()
 
 
-def test_a_default_that_spills_is_compared_with_and_not_chosen():
+def test_a_default_that_spills_is_compared_with_and_not_chosen(capsys):
     default, second, *rest = candidates(PRODUCT)
     seconds = {default: 1.0, second: 2.0} | dict.fromkeys(rest, 3.0)
     assert tuned(Steps([PRODUCT], seconds), {default: "spills"})
     (entry,) = read_table(path_of(90)).entries
     assert (entry.tiles, entry.median_ms, entry.default_ms) == (second, 2e3, 1e3)
+    assert f"{name_of(default)}: spills; 1000.0000 ms, off by 5.0e-04" in capsys.readouterr().out
 
 
 def test_a_stopped_run_keeps_what_it_has_and_the_next_one_goes_on():
@@ -325,9 +326,10 @@ def change(path, value):
         (change(["entries", 0, "tiles", "parts"], True), "tiles.parts: expected a positive int, got True"),
         (change(["entries", 0, "product", "even"], 1), "table.entries[0].product.even: expected bool, got 1"),
         (change(["entries", 0, "median_ms"], "fast"), "table.entries[0].median_ms: expected float, got 'fast'"),
+        (change(["entries", 0, "product", "precision"], "fp8"), "product.precision: expected one of ('half', "),
         (change(["entries", 0, "product", "rows"], 100), "product: expected a class as ProductClass(rows=128"),
     ],
-    ids=["json", "object", "missing", "unknown", "list", "string", "zero", "bool", "int", "float", "class"],
+    ids=["json", "object", "missing", "unknown", "list", "string", "zero", "bool", "int", "float", "word", "class"],
 )
 def test_a_file_that_is_no_table_is_named_with_its_field(text, message):
     path_of(90).parent.mkdir()

@@ -16,6 +16,7 @@ import triton
 
 FOLDER = Path(__file__).with_name("tiles")
 SMALLEST, LARGEST = 32, 1024  # classes of sizes
+PRECISIONS = ("half", "tf32", "ieee", "float64")
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,11 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path}: expected JSON: {error}") from None
     table = _parsed(Table, values, f"{path}: table")
     for i, entry in enumerate(table.entries):
-        if (nearest := product_class(**dataclasses.asdict(entry.product))) != entry.product:
-            raise ValueError(f"{path}: table.entries[{i}].product: expected a class as {nearest}, got {entry.product}")
+        product, where = entry.product, f"{path}: table.entries[{i}].product"
+        if product.precision not in PRECISIONS:
+            raise ValueError(f"{where}.precision: expected one of {PRECISIONS}, got {product.precision!r}")
+        if (nearest := product_class(**dataclasses.asdict(product))) != product:
+            raise ValueError(f"{where}: expected a class as {nearest}, got {product}")
     return table
 
 

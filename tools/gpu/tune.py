@@ -46,7 +46,7 @@ SECONDS = 480.0  # in all: done, with the class that is under way, in 10 minutes
 def tune(
     path: Path,
     table: Table,
-    sizes: Iterable[Size],
+    sizes: Sequence[Size],
     seconds: float,
     steps_of: Callable[[Size], Steps],
     reasons_against: Callable[[ProductClass, Sequence[LinearTiles]], Iterable[str | None]],
@@ -59,8 +59,7 @@ def tune(
     Returns:
         Whether that was all: after so many seconds no further product is begun.
     """
-    start, sizes = clock(), tuple(sizes)
-    known = {entry.product for entry in table.entries}
+    start, known = clock(), {entry.product for entry in table.entries}
     with progress(len(sizes)) as show:
         for size in sizes:
             steps = steps_of(size)
@@ -100,15 +99,16 @@ def fastest(steps: Steps, product: ProductClass, reasons: dict[LinearTiles, str 
 
 
 def _report(reasons: dict[LinearTiles, str | None], measured: Measurement) -> str:
-    """A line for each of the tiles: its time and error, or why there is none."""
+    """A line for each of the tiles: what speaks against them, and their time and error or why there is none."""
     lines = []
     for tiles, reason in reasons.items():
         name = name_of(tiles)
+        outcomes = [reason] if reason else []
         if name in measured.timings:
-            outcome = f"{measured.timings[name].median_ms:.4f} ms, off by {measured.checks[name].error:.1e}"
-        else:
-            outcome = reason or measured.checks[name].status
-        lines.append(f"  {name}: {outcome}")
+            outcomes += [f"{measured.timings[name].median_ms:.4f} ms, off by {measured.checks[name].error:.1e}"]
+        elif name in measured.checks:
+            outcomes += [measured.checks[name].status]
+        lines.append(f"  {name}: {'; '.join(outcomes)}")
     return "\n".join(lines)
 
 
