@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: help install demo test bench lint format gates gpu gpu-quick clean
+.PHONY: help install demo test bench lint format gates gpu gpu-quick tune clean
 
 help:
 	@echo "make demo     train on handwritten digits by backpropagation and by gradient decoupling; table and picture"
@@ -21,6 +21,7 @@ help:
 	@echo "make gates    the long checks: sanitizers, symbols, emulated CPUs, no compiler; Triton and CUDA without a GPU"
 	@echo "make gpu      on a machine with a CUDA device: build, tests, compute-sanitizer, benchmark; 9 minutes at most"
 	@echo "              (make gpu-quick: 3), with the packages that PYTHON=$(PYTHON) has; installs nothing"
+	@echo "make tune     on a machine with a CUDA device: find the fastest tiles of the Triton kernels, for its architecture"
 
 install: .venv/installed
 
@@ -62,6 +63,9 @@ gpu:
 
 gpu-quick:
 	$(PYTHON) -m tools.gpu --quick
+
+tune:
+	$(PYTHON) -m tools.gpu.tune
 
 clean:
 	rm -rf .venv build lgd_kernels/_C*.so *.egg-info

@@ -175,6 +175,8 @@ setup(
         "lgd_kernels.reference",
         "lgd_kernels.triton_kernels",  # a link to triton_kernels/, so that a checkout works without being installed
     ],
+    include_package_data=False,  # the next line says it all, and the folder is no package
+    package_data={"lgd_kernels.triton_kernels": ["tiles/*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildWithVectorCode.with_options(use_ninja=True)},
 )

@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def _progress(total: float) -> Iterator[Callable[[str, float], None]]:
+def progress(total: float) -> Iterator[Callable[[str, float], None]]:
     """A bar that shows what is being measured and how far it got; plain lines where tqdm is not installed."""
     try:
         from tqdm import tqdm
@@ -90,7 +90,7 @@ def measure(
     failures: list[str] = []
     try:
         machine, gemm_rate = describe_machine(device), measure_gemm_rate(device)
-        with _progress(len(workloads)) as show:
+        with progress(len(workloads)) as show:
             for workload in workloads:
                 show(workload.label, 0.0)
                 try:

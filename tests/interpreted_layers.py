@@ -4,6 +4,7 @@ Not collected by itself: test_triton_layers.py starts a process for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -13,12 +14,15 @@ import triton.language as tl
 from cases import dtype_name
 from step_nets import arguments_of_op, clone, listed, make, step
 
+from bench.correctness import OK, check_peers
 from lgd_kernels import backends, reference
 from lgd_kernels.triton_kernels import decoupled_linear as linear_kernels
 from lgd_kernels.triton_kernels import decoupled_step as step_kernels
-from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, linear_tiles, operands
+from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, linear_tiles, operands, tile_table
 from lgd_kernels.triton_kernels import local_residual as residual_kernels
 from lgd_kernels.triton_kernels.activations import activated, hidden_loss
+from lgd_kernels.triton_kernels.linear_kernels import weight_gradient_kernel
+from tools.gpu import tile_trials
 
 pytestmark = pytest.mark.usefixtures("nan_prefill")
 SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4, 0.625, -0.625, 20.0, -20.0)
@@ -342,8 +346,8 @@ def test_launches_of_a_visit_do_not_depend_on_the_depth(monkeypatch):
     assert counts == {2 + 3 * 3 + 2 * 2 + 2 + 2 * 3}
 
 
-def test_linear_tiles_depend_on_one_layer():
-    tiles, T = linear_tiles.linear_tiles, linear_tiles.LinearTiles
+def test_counted_tiles_depend_on_one_layer():
+    tiles, T = linear_tiles.counted_tiles, linear_tiles.LinearTiles
     assert tiles(1024, 1024, 2, "half", 90) == T(128, 128, 64, parts=8, num_warps=4, num_stages=3, registers=255)
     assert tiles(1024, 1024, 4, "tf32", 80) == T(128, 128, 16, parts=8, num_warps=8, num_stages=4, registers=255)
     assert tiles(64, 32, 2, "half", 90) == T(64, 32, 64, parts=2, num_warps=4, num_stages=3, registers=168)
@@ -352,6 +356,26 @@ def test_linear_tiles_depend_on_one_layer():
             chosen = tiles(rows, columns, 2, "half", architecture)
             staged = chosen.num_stages * chosen.depth * (chosen.rows + chosen.columns) * 2
             assert staged <= 99 * 1024
+
+
+def test_the_steps_that_make_tune_times(monkeypatch):
+    """On the CPU, for one of two classes of products: right with any tiles, which those products alone have."""
+    steps = tile_trials.StepsOfBenchmark(tile_trials.Size("ieee", 2, 40, 4), "cpu")
+    classes = [tile_table.product_class(n, 40, 4, "ieee", 90, even=False) for n in (4, 40)]
+    assert steps.products() == classes
+    counted = linear_tiles.counted_tiles(4, 40, 4, "ieee", 90, even=False)
+    other = dataclasses.replace(counted, rows=32, depth=32)
+    problem = steps.problem(classes[1], [counted, other])
+    assert {check.status for check in check_peers(problem).values()} == {OK}
+    seen = []
+
+    def launch(kernel, grid, like, *args, **options):
+        if "BLOCK_M" in options:
+            seen.append((kernel is weight_gradient_kernel, options["BLOCK_M"]))
+
+    monkeypatch.setattr(linear_launches, "launch", launch)
+    problem.calls[tile_trials.name_of(other)]()
+    assert set(seen) == {(True, other.rows), (False, counted.rows)}
 
 
 def test_float32_products_follow_torchs_switch():

@@ -10,33 +10,30 @@ import triton.language as tl
 
 from .common import INTERPRETED
 from .layers import accumulation_dtype, triton_dtype
+from .tile_table import LinearTiles, measured_tiles, product_class
 
 MOST_REGISTERS = 255  # that a thread can have
-
-
-@dataclass(frozen=True)
-class LinearTiles:
-    """How a product is cut: a program has (rows, columns) of it, and sums up `depth` terms at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    parts: int  # in which the epilogue goes through the rows: at once it takes more registers than there are
-    num_warps: int
-    num_stages: int
-    registers: int  # of a thread at most; left to itself, the compiler spills a few to have more programs at a time
 
 
 def linear_tiles(
     rows: int, columns: int, widest: int, precision: str, architecture: int, even: bool = True
 ) -> LinearTiles:
-    """The tiles of products (rows, columns), from the numbers alone that one layer has.
+    """The tiles of products (rows, columns), from the numbers alone that one layer has: those that were measured for
+    products of this class, otherwise those that are counted.
 
     widest: bytes of an element of the widest tensor that is read for the product.
     precision: "half", "tf32", "ieee" (float32 without tensor cores) or "float64".
     architecture: 90 for compute capability 9.0.
     even: whether all that is read and written is aligned; what is not takes many registers for addresses.
     """
+    how = (rows, columns, widest, precision, architecture, even)
+    return measured_tiles(architecture).get(product_class(*how)) or counted_tiles(*how)
+
+
+def counted_tiles(
+    rows: int, columns: int, widest: int, precision: str, architecture: int, even: bool = True
+) -> LinearTiles:
+    """The tiles of `linear_tiles` where nothing was measured, from registers and shared memory."""
     if precision == "float64":
         return LinearTiles(32, 32, 16, parts=1, num_warps=4, num_stages=2, registers=MOST_REGISTERS)
     if precision == "ieee":  # no tensor cores

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tools.gates.triton_launches import recorded
 
 if TYPE_CHECKING:
+    from lgd_kernels.triton_kernels.tile_table import ProductClass
     from tools.gates.triton_ahead_of_time import Report
 
 ARCHITECTURES = (80, 90, 100)
@@ -23,7 +24,15 @@ PRECISIONS = {
     "float32": ("float32", "float32"),
     "float64": ("float64", "float64"),
 }
-# n, d: every tile of the table, and what is not aligned
+# of the products of a class, by their precision and the bytes of their widest operand
+OF_PRODUCTS = {
+    ("half", 2): "bfloat16",
+    ("half", 4): "autocast",
+    ("tf32", 4): "tf32",
+    ("ieee", 4): "float32",
+    ("float64", 8): "float64",
+}
+# n, d: every tile that is counted, and what is not aligned; for tiles that were measured, n x d_in x d_out as text
 SIZES = {
     "32": (64, 32),
     "64": (64, 64),
@@ -67,6 +76,20 @@ class LayerVariant(NamedTuple):
         return f"{self.kernel} {self.precision} {self.size} sm_{self.architecture}"
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """n, d_in, d_out."""
+        if self.size in SIZES:
+            n, d = SIZES[self.size]
+            return n, d, d
+        n, d_in, d_out = map(int, self.size.split("x"))
+        return n, d_in, d_out
+
+    @property
+    def even(self) -> bool:
+        """Whether rows are aligned."""
+        return self.size == "apart" or all(d % 16 == 0 for d in self.shape[1:])
+
+    @property
     def multiplies_half(self) -> bool:
         """Whether operands have 16 bits; decoupled_step_ keeps those of float16 in single precision."""
         if self.kernel not in KERNELS and self.kernel not in STEP_KERNELS:
@@ -84,9 +107,9 @@ class LayerVariant(NamedTuple):
         """What is wrong with a kernel that does not spill and is within its budget."""
         if report.shared > SHARED_MEMORY[self.architecture]:
             yield f"{report.shared} bytes of shared memory"
-        if self.size != "uneven" and not report.wide_loads:
+        if self.even and not report.wide_loads:
             yield "no load of 16 bytes"
-        if self.size != "uneven" and not report.wide_stores and self.kernel != "step_of_bias":  # it stores 64 numbers
+        if self.even and not report.wide_stores and self.kernel != "step_of_bias":  # it stores 64 numbers
             yield "no store of 16 bytes"
         planned = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.architecture]
         if self.multiplies_half and report.tensor_cores != planned:
@@ -96,7 +119,10 @@ class LayerVariant(NamedTuple):
 def layer_variants() -> list[LayerVariant]:
     """local_residual on contiguous layers, on rows that lie apart and on uneven ones; the products of decoupled_step_
     with every tile in bfloat16 and with a few in float32, the others with the largest; and for one architecture all of
-    them with every tile, and the largest in the dtypes that are like bfloat16 and float32 or have but one."""
+    them with every tile, and the largest in the dtypes that are like bfloat16 and float32 or have but one. And all that
+    have the tiles that were measured."""
+    from lgd_kernels.triton_kernels.tile_table import measured_tiles
+
     dtypes = ("float32", "bfloat16", "float16", "float64")
     of_residual = itertools.product(["local_residual"], dtypes, ("tall", "apart", "uneven"))
     of_step = [*itertools.product(STEP_KERNELS, ("bfloat16",), TILED), *itertools.product(STEP_KERNELS, ("tf32",), ONE)]
@@ -109,7 +135,24 @@ def layer_variants() -> list[LayerVariant]:
     others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("128",))
     everywhere = itertools.product([*of_residual, *of_step, *of_products, *of_library], ARCHITECTURES)
     chosen = [*everywhere, *((v, 90) for v in others)]
-    return list(dict.fromkeys(LayerVariant(*variant, architecture) for variant, architecture in chosen))
+    measured = [v for architecture in ARCHITECTURES for p in measured_tiles(architecture) for v in variants_of(p)]
+    return list(dict.fromkeys([*(LayerVariant(*variant, architecture) for variant, architecture in chosen), *measured]))
+
+
+def variants_of(product: ProductClass) -> list[LayerVariant]:
+    """The kernels that make products of a class, those with the most registers first."""
+    from lgd_kernels.triton_kernels.linear_launches import Sizes
+    from lgd_kernels.triton_kernels.linear_library import takes_library
+
+    precision = OF_PRODUCTS[product.precision, product.widest]
+    n, d = product.rows, product.columns - (0 if product.even else 3)
+    of_samples, of_weights = f"{n}x{d}x{d}", f"{n}x{d}x{n}"  # (n, d_out) and (n, d_in), and (d_out, d_in)
+    kernels = {kernel: of_weights if "weight" in kernel else of_samples for kernel in (*STEP_KERNELS, *KERNELS)}
+    if precision == "autocast" or takes_library(Sizes(LAYERS, n, d, d), product.precision):
+        kernels = {kernel: kernels[kernel] for kernel in KERNELS}  # a visit has no such products
+    elif n != d:
+        del kernels["step_of_weight"]  # the gate's nets have one width
+    return [LayerVariant(kernel, precision, size, product.architecture) for kernel, size in kernels.items()]
 
 
 def _residual_launch(variant: LayerVariant) -> tuple:
@@ -136,11 +179,13 @@ def _linear_launch(variant: LayerVariant) -> tuple:
     from lgd_kernels.triton_kernels import layers, linear_launches
     from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
 
-    (n, d), (dtype, of_weight) = SIZES[variant.size], (getattr(torch, name) for name in PRECISIONS[variant.precision])
-    z, target, multiplier = torch.empty(3, LAYERS, n, d, dtype=dtype, device="meta")
-    weight = torch.empty(LAYERS, d, d, dtype=of_weight, device="meta")
+    (n, d_in, d_out), dtypes = variant.shape, (getattr(torch, name) for name in PRECISIONS[variant.precision])
+    dtype, of_weight = dtypes
+    z = torch.empty(LAYERS, n, d_in, dtype=dtype, device="meta")
+    target, multiplier = torch.empty(2, LAYERS, n, d_out, dtype=dtype, device="meta")
+    weight = torch.empty(LAYERS, d_out, d_in, dtype=of_weight, device="meta")
     one, activation, yes = [1.0] * LAYERS, [GELU_TANH.value] * LAYERS, [True]
-    with _float32_as(variant.precision), recorded(variant.architecture, linear_launches, layers) as launches:
+    with float32_as(variant.precision), recorded(variant.architecture, linear_launches, layers) as launches:
         if variant.kernel.startswith("forward"):
             given = [z], [weight], [weight[:, 0]], [target], [multiplier], activation, variant.kernel == "forward_pre"
             module.decoupled_linear(*given, HUBER.value, 1.0, one, one, one, one, yes, yes)
@@ -162,7 +207,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
     from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, operands, softmax_infogain
     from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
 
-    (n, d), dtype = SIZES[variant.size], getattr(torch, PRECISIONS[variant.precision][0])
+    (n, d, _), dtype = variant.shape, getattr(torch, PRECISIONS[variant.precision][0])
     of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -172,7 +217,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
     weight, bias = ([[empty(LAYERS, *shape, of=of_parameters)] for _ in range(3)] for shape in ((d, d), (d,)))
     one, adam = [1.0] * LAYERS, 3
     modules = (linear_launches, linear_library, operands, layers, softmax_infogain)
-    with _float32_as(variant.precision), recorded(variant.architecture, *modules) as launches:
+    with float32_as(variant.precision), recorded(variant.architecture, *modules) as launches:
         module.decoupled_step_(
             *(empty(n, d), *hidden, [], *weight, *bias, empty(n, d), *[None] * 6, -100, True),
             *([GELU_TANH.value] * LAYERS, True, HUBER.value, 1.0, one, one, one),
@@ -185,7 +230,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
 
 
 @contextlib.contextmanager
-def _float32_as(precision: str) -> Iterator[None]:
+def float32_as(precision: str) -> Iterator[None]:
     """Within the block torch's switch says whether float32 is multiplied on tensor cores."""
     import torch
 

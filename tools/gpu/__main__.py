@@ -31,14 +31,14 @@ def stages(quick: bool) -> list[Stage]:
     ]
 
 
-def why_not() -> str | None:
-    """Why nothing can be done here; None if it can."""
+def why_not(target: str = "make gpu") -> str | None:
+    """Why a target that needs a GPU cannot be made here; None if it can."""
     try:
         import torch
     except ImportError as error:
-        return f"make gpu needs torch in {sys.executable}: {error}"
+        return f"{target} needs torch in {sys.executable}: {error}"
     if not torch.cuda.is_available():
-        return f"make gpu needs a CUDA device, and torch {torch.__version__} sees none on this machine"
+        return f"{target} needs a CUDA device, and torch {torch.__version__} sees none on this machine"
     return None
 
 
