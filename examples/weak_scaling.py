@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import lgd_kernels as lgd
 from lgd_kernels.decoupled import residual_net
-from lgd_kernels.decoupled.distributed import DistributedNetwork
+from lgd_kernels.decoupled.distributed import BUCKET_BYTES, DistributedNetwork
 from lgd_kernels.decoupled.neighbours import layer_data_mesh
 
 Mesh = tuple[int, int]  # (blocks of layers, shards of samples)
@@ -79,16 +79,17 @@ class Measured(NamedTuple):
 
 def traffic(work: Work, n_layer: int, n_data: int) -> Traffic:
     """Every step of z and the last evaluation is a product forward and one back, in every layer: 2 n d^2 each. A
-    boundary value travels once and then twice in every step."""
+    boundary value travels once and then twice in every step. Gradients are summed in buckets of whole layers."""
     values = FLOAT * work.samples * work.width
     transfers = 2 * work.steps + 1 if n_layer > 1 else 0
     gradients = FLOAT * work.layers * (work.width + 1) * work.width
+    layers_of_bucket = math.ceil(BUCKET_BYTES / (FLOAT * work.width**2))
     return Traffic(
         flops=4 * (work.steps + 1) * work.layers * work.samples * work.width**2,
         boundary_bytes=transfers * values,
         boundary_messages=transfers,
         gradient_bytes=2 * (n_data - 1) * gradients // n_data,
-        gradient_messages=2 * (n_data - 1),
+        gradient_messages=2 * (n_data - 1) * math.ceil(work.layers / layers_of_bucket),
     )
 
 

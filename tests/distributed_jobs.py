@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import itertools
 import os
 import signal
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from small_networks import NETS
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import TensorDataset
 
 import lgd_kernels as lgd
-from lgd_kernels.decoupled import EpochNumbers, StoredValues, residual_net
+from lgd_kernels.decoupled import (
+    Backpropagation,
+    Callback,
+    Checkpoints,
+    EpochNumbers,
+    Mode,
+    StoredValues,
+    Training,
+    distributed,
+    residual_net,
+)
 from lgd_kernels.decoupled.distributed import DistributedNetwork
+from lgd_kernels.decoupled.energy import LinearLayers
 from lgd_kernels.decoupled.neighbours import Neighbours, layer_data_mesh
 from lgd_kernels.decoupled.sharded_checkpoint import ShardedCheckpoints
 
@@ -112,25 +128,109 @@ def _gradient_and_curvature(net, x, labels) -> tuple[list[Tensor], float]:
     return gradient, net.largest_curvature(x, z, labels, rho=0.5, iterations=60)
 
 
+class Fitted(NamedTuple):
+    """What came of `fit`."""
+
+    history: dict[str, list]  # without the seconds
+    net: dict[str, Tensor]
+    shows_bar: bool
+    n_logged: int  # numbers that were written to the log
+
+
+@functools.cache
+def fit_alone(dtype: torch.dtype, mode: Mode) -> Fitted:
+    net, x, labels, _ = setting("mixed", dtype)
+    return _fit(net, x, labels, mode, net.state_dict)
+
+
+def fit_together(n_layer: int, n_data: int, dtype: torch.dtype, mode: Mode, **options) -> Fitted:
+    net, x, labels, _ = setting("mixed", dtype)
+    part = DistributedNetwork(net, layer_data_mesh(n_layer, n_data), x[:2])
+    return _fit(part, x, labels, mode, part.full_state_dict, **options)
+
+
+class InterruptionError(Exception):
+    """Ends a run on all ranks, after a step."""
+
+
+class Interrupt(Callback):
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_batch_end(self, training: Training) -> None:
+        if training.step == self._step:
+            raise InterruptionError
+
+
+def fit_until(step: int, folder: Path, n_layer: int, n_data: int, *args) -> None:
+    """Save a checkpoint after every fifth step."""
+    options = {"checkpoint": ShardedCheckpoints(folder, every=5), "callbacks": [Interrupt(step)]}
+    with contextlib.suppress(InterruptionError):
+        fit_together(n_layer, n_data, *args, **options)
+
+
+def fit_on(folder: Path, n_layer: int, n_data: int, *args) -> Fitted:
+    """Go on from the last checkpoint, if there is one; save one after every epoch."""
+    return fit_together(n_layer, n_data, *args, checkpoint=folder, resume=True)
+
+
+def _fit(net, x: Tensor, labels: Tensor, mode: Mode, state_dict, **options) -> Fitted:
+    """Minibatches are so small that some have nothing of a shard."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-2, eps=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+    numbers = {"epochs": 2, "optimizer": optimizer, "scheduler": scheduler, "mode": mode, "batch_size": 3}
+    log, bar = mock.Mock(spec=["add_scalar"]), io.StringIO()
+    with contextlib.redirect_stderr(bar):
+        data, validation = TensorDataset(x, labels), (x[:9], labels[:9])
+        history = lgd.fit(net, data, validation=validation, log=log, **numbers, **options).state_dict()
+    del history["seconds"]
+    return Fitted(history, state_dict(), "training" in bar.getvalue(), log.add_scalar.call_count)
+
+
 class Sent(NamedTuple):
     """Numbers (not bytes) that a rank handed over in a visit."""
 
     to_neighbours: int
     to_sums: list[int]  # one by one
+    order: list[str]  # in which "gradients" were computed, a "sum" was begun, and a "wait" for one
 
 
-def count_what_is_sent(n_layer: int, n_data: int, width: int, layers: int, samples: int, steps: int) -> Sent:
+class Watched(NamedTuple):
+    """A dist.Work that tells when it is waited for."""
+
+    work: dist.Work
+    order: list[str]
+
+    def wait(self) -> None:
+        self.order.append("wait")
+        self.work.wait()
+
+
+def count_what_is_sent(
+    n_layer: int, n_data: int, width: int, layers: int, samples: int, steps: int, bucket_bytes: int
+) -> Sent:
     """In a visit of a residual net with `layers` layers in each block."""
-    to_neighbours, to_sums = [], []
-    isend, all_reduce = dist.isend, dist.all_reduce
+    sent = Sent(0, [], [])
+    to_neighbours, isend, all_reduce, gradients_of = [], dist.isend, dist.all_reduce, LinearLayers._gradients_of
+
+    def watched_sum(tensor: Tensor, **options: Any) -> Watched:
+        sent.order.append("sum")
+        sent.to_sums.append(tensor.numel())
+        return Watched(all_reduce(tensor, **options), sent.order)
+
+    def watched_gradients(*args: Any) -> list:
+        sent.order.append("gradients")
+        return gradients_of(*args)
+
     net = lgd.DecoupledNetwork(residual_net(width, width, layers * n_layer - 1, 3))
     x, labels = torch.randn(samples, width), torch.randint(3, (samples,))
     part = DistributedNetwork(net, layer_data_mesh(n_layer, n_data), x)
     z = part.hidden_values(x)
+    distributed.BUCKET_BYTES, LinearLayers._gradients_of = bucket_bytes, watched_gradients
     dist.isend = lambda tensor, **options: (to_neighbours.append(tensor.numel()), isend(tensor, **options))[1]
-    dist.all_reduce = lambda tensor, **options: (to_sums.append(tensor.numel()), all_reduce(tensor, **options))[1]
+    dist.all_reduce = watched_sum
     part.visit_(x, z, labels, step_size=0.1, steps=steps)
-    return Sent(sum(to_neighbours), to_sums)
+    return sent._replace(to_neighbours=sum(to_neighbours))
 
 
 def let_wait(n_layer: int, n_data: int) -> str:
@@ -171,7 +271,16 @@ def bad_arguments() -> list[str]:
         lambda: part.visit_(x, [value.t().contiguous().t() for value in z], labels, step_size=0.1),
         lambda: part.visit_(x, z, labels, step_size=-0.1),
         lambda: ShardedCheckpoints("nowhere", keep=0),
+        lambda: fit(mode=Backpropagation()),
+        lambda: fit(clip_grad_norm=1.0),
+        lambda: fit(autocast=True),
+        lambda: fit(checkpoint=Checkpoints("nowhere")),
+        lambda: fit(store=lgd.ActivationStore(N - 1, part.shapes)),
     ]
+
+    def fit(**options: Any) -> None:
+        lgd.fit(part, (x, labels), epochs=1, optimizer=torch.optim.Adam(part.parameters()), **options)
+
     messages = []
     for call in wrong:
         try:

@@ -101,6 +101,18 @@ def test_a_batch_is_a_copy(location, tmp_path):
     assert torch.equal(content(store), expected)
 
 
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_layers_of_a_batch_change_one_by_one(n):
+    """Of a single row too, where they need no copy to be contiguous: autograd would take one's change for all's."""
+    store = make()
+    batch = store.gather(torch.arange(n, device="cpu"))
+    before = [layer._version for layer in layers(batch)]
+    layers(batch)[0].add_(1)
+    assert [layer._version for layer in layers(batch)] == [before[0] + 1, *before[1:]]
+    store.scatter(batch)
+    assert store.z[0].sum() == 3 * n
+
+
 def test_values_of_a_batch_suit_decoupled_step_(location, tmp_path):
     x, target = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
     weight, bias = [torch.randn(5, 3), torch.randn(4, 5), torch.randn(2, 4)], [torch.zeros(d) for d in (5, 4, 2)]

@@ -21,9 +21,11 @@ files.py             files that are there whole or not at all
 
 Not imported here, because torch.distributed takes its time and is not in every build of torch:
 
-distributed.py           DistributedNetwork: a block of the layers and a shard of the samples, on each of many ranks
-neighbours.py            layer_data_mesh, and what the ranks tell each other
-sharded_checkpoint.py    ShardedCheckpoints, which any other mesh of ranks can read
+distributed.py            DistributedNetwork: a block of the layers and a shard of the samples, on each of many ranks
+blocks.py                 how the layers are cut into blocks
+neighbours.py             layer_data_mesh, and what the ranks tell each other
+distributed_training.py   what fit does differently for such a net
+sharded_checkpoint.py     ShardedCheckpoints, which any other mesh of ranks can read
 """
 
 from lgd_kernels.decoupled.captured_step import CapturedStep, capture_step

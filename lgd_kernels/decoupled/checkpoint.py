@@ -34,10 +34,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, *, every: int | None = None, keep: int = 2):
-        for name, value in (("every", 1 if every is None else every), ("keep", keep)):
-            check_int(name, value)
-            if value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
+        check_counts(every=every, keep=keep)
         self.folder, self.every, self.keep = Path(folder), every, keep
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -72,6 +69,14 @@ class Checkpoints:
     def _found(self) -> list[tuple[int, Path]]:
         names = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("checkpoint-*"))
         return sorted((int(match[1]), path) for match, path in names if match)
+
+
+def check_counts(*, every: int | None, keep: int) -> None:
+    """How often checkpoints are written, and how many are kept."""
+    for name, value in (("every", 1 if every is None else every), ("keep", keep)):
+        check_int(name, value)
+        if value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
 
 
 def random_state() -> dict[str, Any]:

@@ -43,6 +43,10 @@ class Batches:
         seed: of the order; a DataLoader without `shuffle` keeps the order of its data set.
         name: what messages call the data.
 
+    Attributes:
+        n_samples, batch_size, seed: of all processes together.
+        shard: range of the samples that this process loads, which is all of them unless it is set.
+
     Raises:
         TypeError, ValueError: data of another kind, or without samples; a DataLoader with a sampler of its own, whose
             order nobody could repeat; a batch_size together with a DataLoader.
@@ -60,6 +64,7 @@ class Batches:
         else:
             self._source = _Rows(data, name) if isinstance(data, (tuple, list)) else _Samples(data, {}, name)
         self.n_samples = self._source.n_samples
+        self.shard = range(self.n_samples)
         self.batch_size = _DEFAULT_BATCH_SIZE if batch_size is None else batch_size
         check_int("batch_size", self.batch_size)
         if self.batch_size < 1:
@@ -87,10 +92,20 @@ class Batches:
         one of a single sample, which `drop_last` would not have left over."""
         return list(torch.arange(self.n_samples, device="cpu").tensor_split(-(-self.n_samples // self.batch_size)))
 
+    def of_shard(self, indices: Tensor) -> Tensor:
+        """Those of the samples that are in the shard."""
+        if len(self.shard) == self.n_samples:
+            return indices
+        return indices[(indices >= self.shard.start) & (indices < self.shard.stop)]
+
     def load(self, batches: list[Tensor], device: torch.device) -> Pairs:
-        """(x, target) of each of these minibatches, on the device."""
-        for x, target in self._source.load(batches):
-            yield x.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        """(x, target) of what the shard has of each of these minibatches, on the device; it may be 0 samples."""
+        ours = [self.of_shard(indices) for indices in batches]
+        some = torch.zeros(1, dtype=torch.int64, device="cpu")  # no collate_fn makes a minibatch of no samples
+        loaded = self._source.load([indices if len(indices) else some for indices in ours])
+        for indices, pair in zip(ours, loaded, strict=True):
+            x, target = (part[: len(indices)].to(device, non_blocking=True) for part in pair)
+            yield x, target
 
 
 class _Rows:

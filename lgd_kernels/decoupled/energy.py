@@ -10,7 +10,7 @@ Indices in code are those of the layers: layer t makes the prediction of target 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -83,7 +83,8 @@ class Part(Protocol):
 
     def gradients_of_inputs(self) -> list[Tensor]: ...
 
-    def gradients_of_parameters(self) -> list[Gradient]: ...
+    def gradients_of_parameters(self, at_once: float) -> Iterator[list[Gradient]]:
+        """Some layers' at a time: of so many that they take at_once bytes, if there are as many."""
 
 
 class Evaluation:
@@ -148,7 +149,20 @@ class Evaluation:
 
     def gradients_of_parameters(self) -> list[Gradient]:
         """dE/dW of every parameter that has one; several for a parameter that several layers share."""
-        return [gradient for part in self._parts for gradient in part.gradients_of_parameters()]
+        return [gradient for bucket in self.buckets_of_gradients() for gradient in bucket]
+
+    def buckets_of_gradients(self, nbytes: float = math.inf) -> Iterator[list[Gradient]]:
+        """The same in the same order, in buckets of whole layers with nbytes at least, except for the last one. Each is
+        computed when it is asked for, so that something may be done with those before it meanwhile."""
+        bucket: list[Gradient] = []
+        for part in self._parts:
+            for gradients in part.gradients_of_parameters(nbytes):
+                bucket += gradients
+                if sum(gradient.value.nbytes for gradient in bucket) >= nbytes:
+                    yield bucket
+                    bucket = []
+        if bucket:
+            yield bucket
 
 
 def move_values_(
@@ -248,23 +262,36 @@ class LinearLayers:
         )
         self.energies = list(energies.unbind())
 
-    def _backward(self, need_input: list[bool], need_weight: list[bool], need_bias: list[bool]) -> list[list[Tensor]]:
-        no = [False] * len(self.where)
-        made = (self.pulls, self.deltas, self.pulls)  # e has no part in these gradients
-        options = (self._activation, self._preactivation, self._skip, self._branch_scale)
-        needs = (need_input, need_weight, need_bias, no, no)
-        return ops.decoupled_linear_backward(self._inputs, self._weights, *made, None, *options, *needs)
+    def _backward(
+        self, chosen: slice, need_input: list[bool], need_weight: list[bool], need_bias: list[bool]
+    ) -> list[list[Tensor]]:
+        """Of the chosen layers."""
+        no = [False] * len(need_input)
+        pulls = self.pulls[chosen]
+        made = (pulls, self.deltas[chosen], pulls)  # e has no part in these gradients
+        options = (self._activation[chosen], self._preactivation, self._skip[chosen], self._branch_scale[chosen])
+        given, needs = (self._inputs[chosen], self._weights[chosen]), (need_input, need_weight, need_bias, no, no)
+        return ops.decoupled_linear_backward(*given, *made, None, *options, *needs)
 
     def gradients_of_inputs(self) -> list[Tensor]:
         no = [False] * len(self.where)
-        return self._backward([t > 0 for t in self.where], no, no)[0]
+        return self._backward(slice(None), [t > 0 for t in self.where], no, no)[0]
 
-    def gradients_of_parameters(self) -> list[Gradient]:
-        need_weight = [layer.weight.requires_grad for layer in self._layers]
-        need_bias = [layer.bias is not None and layer.bias.requires_grad for layer in self._layers]
-        _, of_weight, of_bias, _, _ = self._backward([False] * len(self.where), need_weight, need_bias)
-        weights = zip(self._layers, need_weight, of_weight, strict=True)
-        biases = zip(self._layers, need_bias, of_bias, strict=True)
+    def gradients_of_parameters(self, at_once: float) -> Iterator[list[Gradient]]:
+        first, nbytes = 0, 0
+        for i, layer in enumerate(self._layers):
+            nbytes += layer.weight.nbytes
+            if nbytes >= at_once or i + 1 == len(self._layers):
+                yield self._gradients_of(slice(first, i + 1))
+                first, nbytes = i + 1, 0
+
+    def _gradients_of(self, chosen: slice) -> list[Gradient]:
+        layers = self._layers[chosen]
+        need_weight = [layer.weight.requires_grad for layer in layers]
+        need_bias = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
+        _, of_weight, of_bias, _, _ = self._backward(chosen, [False] * len(layers), need_weight, need_bias)
+        weights = zip(layers, need_weight, of_weight, strict=True)
+        biases = zip(layers, need_bias, of_bias, strict=True)
         return [Gradient(layer.weight, value) for layer, need, value in weights if need] + [
             Gradient(layer.bias, value) for layer, need, value in biases if need
         ]
@@ -306,12 +333,11 @@ class _ByAutograd:
             return [self._input.new_empty(0)]
         return list(torch.autograd.grad(self._logits, self._input, self.deltas[0]))
 
-    def gradients_of_parameters(self) -> list[Gradient]:
+    def gradients_of_parameters(self, at_once: float) -> Iterator[list[Gradient]]:
         parameters = [p for p in nn.Sequential(*self._chain).parameters() if p.requires_grad]
-        if not parameters:
-            return []
-        values = torch.autograd.grad(self._logits, parameters, self.deltas[0], allow_unused=True)
-        return [Gradient(p, value) for p, value in zip(parameters, values, strict=True) if value is not None]
+        if parameters:
+            values = torch.autograd.grad(self._logits, parameters, self.deltas[0], allow_unused=True)
+            yield [Gradient(p, value) for p, value in zip(parameters, values, strict=True) if value is not None]
 
 
 class HiddenLayer(_ByAutograd):

@@ -66,6 +66,24 @@ class Transfer(NamedTuple):
         return self.tensor
 
 
+class Sum(NamedTuple):
+    """Sums over some ranks, on their way."""
+
+    tensors: Sequence[Tensor]  # of this rank
+    together: Tensor | None  # one after the other; None where this rank is the only one
+    work: dist.Work | None
+    what: str
+
+    def wait(self) -> list[Tensor]:
+        """The sums, in the shapes and dtypes of the tensors."""
+        if self.work is None:
+            return list(self.tensors)
+        with naming(self.what):
+            self.work.wait()
+        parts = self.together.split([tensor.numel() for tensor in self.tensors])
+        return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, self.tensors, strict=True)]
+
+
 class Neighbours:
     """The ranks with the blocks of layers below and above, for the same samples, and those with the same layers.
 
@@ -98,13 +116,17 @@ class Neighbours:
             transfer.wait()
         self._sent.clear()
 
+    def begin_sum_over_data(self, tensors: Sequence[Tensor], name: str) -> Sum:
+        """Start to sum over the ranks with the same layers, all of which must start the same sums in the same order."""
+        return _begin_sum(tensors, self._data, name)
+
     def sum_over_data(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
         """The sums over the ranks with the same layers."""
-        return _sum(tensors, self._data, name)
+        return self.begin_sum_over_data(tensors, name).wait()
 
     def sum_over_layers(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
         """The sums over the ranks with the same samples."""
-        return _sum(tensors, self._layer, name)
+        return _begin_sum(tensors, self._layer, name).wait()
 
     def first_of_data_(self, tensors: Sequence[Tensor], name: str) -> None:
         """Take over the tensors of the first of the ranks with the same layers."""
@@ -129,15 +151,15 @@ def naming(what: str) -> Iterator[None]:
         ) from error
 
 
-def _sum(tensors: Sequence[Tensor], group: dist.ProcessGroup, name: str) -> list[Tensor]:
+def _begin_sum(tensors: Sequence[Tensor], group: dist.ProcessGroup, name: str) -> Sum:
     """In one call for all tensors, in the widest of their dtypes."""
+    what = f"summing {name} over ranks {dist.get_process_group_ranks(group)}"
     if not tensors or dist.get_world_size(group) == 1:
-        return list(tensors)
+        return Sum(tensors, None, None, what)
     together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    with naming(f"summing {name} over ranks {dist.get_process_group_ranks(group)}"):
-        dist.all_reduce(together, group=group)
-    parts = together.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+    with naming(what):
+        work = dist.all_reduce(together, group=group, async_op=True)
+    return Sum(tensors, together, work, what)
 
 
 def _broadcast_(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int, name: str) -> None:

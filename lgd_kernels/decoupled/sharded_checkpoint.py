@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from lgd_kernels.arguments import check_int
+from lgd_kernels.decoupled.checkpoint import check_counts
 from lgd_kernels.decoupled.distributed import DistributedNetwork
 from lgd_kernels.decoupled.store import ActivationStore
 
@@ -50,31 +50,52 @@ class ShardedCheckpoints:
 
     Args:
         folder: is made if it is not there.
-        keep: how many are kept.
+        every, keep: as in `Checkpoints`; every is for `fit`.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
-        check_int("keep", keep)
-        if keep < 1:
-            raise ValueError(f"keep: must be at least 1, got {keep}")
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: str | os.PathLike, *, every: int | None = None, keep: int = 2):
+        check_counts(every=every, keep=keep)
+        self.folder, self.every, self.keep = Path(folder), every, keep
 
-    def save(self, step: int, part: DistributedNetwork, optimizer: Optimizer, store: ActivationStore) -> None:
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints that are there, oldest first."""
+        return [step for step, _ in self._complete()]
+
+    def save(
+        self,
+        step: int,
+        part: DistributedNetwork,
+        optimizer: Optimizer,
+        store: ActivationStore | None,
+        rest: dict[str, Any] | None = None,
+    ) -> None:
         """Write the state after this step, then remove all but the `keep` last. A rank that dies meanwhile leaves an
         unfinished one, which `load` passes over.
+
+        optimizer: has made a step, or torch.distributed.checkpoint makes it, with gradients of 0.
+        store: None where no hidden values are kept.
+        rest: what else is the same on all ranks, such as {"scheduler": scheduler.state_dict()}.
 
         Raises ValueError for a store of other samples than the shard's, RuntimeError if a rank could not write.
         """
         path = self.folder / f"step-{step:09d}"
         with _naming(f"saving {path}"):
-            dcp.save(_state(part, optimizer, store), checkpoint_id=path)
+            dcp.save(_state(part, optimizer, store, rest), checkpoint_id=path)
         if dist.get_rank() == 0:
             complete = self._complete()
             for _, old in complete[: max(0, len(complete) - self.keep)]:
                 shutil.rmtree(old)
 
-    def load(self, part: DistributedNetwork, optimizer: Optimizer, store: ActivationStore) -> int | None:
+    def load(
+        self,
+        part: DistributedNetwork,
+        optimizer: Optimizer,
+        store: ActivationStore | None,
+        rest: dict[str, Any] | None = None,
+    ) -> int | None:
         """Take over the state of the last complete checkpoint, in place; returns its step, None if there is none.
+
+        rest: gets what was saved as rest, if it is not None.
 
         Raises ValueError for a store of other samples than the shard's, RuntimeError for a checkpoint of another net or
         data set.
@@ -85,10 +106,12 @@ class ShardedCheckpoints:
         step = int(last)
         if step < 0:
             return None
-        path, state = self.folder / f"step-{step:09d}", _state(part, optimizer, store)
+        path, state = self.folder / f"step-{step:09d}", _state(part, optimizer, store, rest)
         with _naming(f"loading {path}"):
             dcp.load(state, checkpoint_id=path)
         set_optimizer_state_dict(part, optimizer, state["optimizer"], options=_FLAT)
+        if rest is not None:
+            rest.update(*state["rest"])
         return step
 
     def _complete(self) -> list[tuple[int, Path]]:
@@ -104,8 +127,18 @@ def _naming(what: str) -> Iterator[None]:
         raise RuntimeError(f"rank {dist.get_rank()}: {what} failed ({error})") from error
 
 
-def _state(part: DistributedNetwork, optimizer: Optimizer, store: ActivationStore) -> dict[str, Any]:
+def _state(
+    part: DistributedNetwork, optimizer: Optimizer, store: ActivationStore | None, rest: dict[str, Any] | None
+) -> dict[str, Any]:
     """What there is to save, or to load into: the tensors are not copied."""
+    state = {} if store is None else _state_of_store(part, store)
+    if rest is not None:
+        state["rest"] = (rest,)  # a tuple is written as it is, while of a dict each entry must be there to be loaded
+    optimizer_state = get_optimizer_state_dict(part, optimizer, options=_FLAT)
+    return {"net": part.state_dict(), "optimizer": optimizer_state, **state}
+
+
+def _state_of_store(part: DistributedNetwork, store: ActivationStore) -> dict[str, Any]:
     n_samples = part.n_samples(len(store))
     shard = part.shard(n_samples)
     if len(store) != len(shard):
@@ -115,12 +148,7 @@ def _state(part: DistributedNetwork, optimizer: Optimizer, store: ActivationStor
         numbers = itertools.count(part.block.start + 1)
         return {f"{t}": _sharded(layer, n_samples, part) for t, layer in zip(numbers, layers or [], strict=False)}
 
-    return {
-        "net": part.state_dict(),
-        "optimizer": get_optimizer_state_dict(part, optimizer, options=_FLAT),
-        "z": of_all_samples(store.z),
-        "multiplier": of_all_samples(store.multiplier),
-    }
+    return {"z": of_all_samples(store.z), "multiplier": of_all_samples(store.multiplier)}
 
 
 def _sharded(rows: Tensor, n_samples: int, part: DistributedNetwork) -> DTensor:

@@ -22,21 +22,20 @@ def largest_curvature(gradient: Gradient, z: list[Tensor], *, iterations: int = 
 
 @torch.no_grad()
 def curvatures(
-    gradient: Gradient, z: list[Tensor], norms: Callable[[list[Tensor]], Tensor], *, iterations: int
+    gradient: Gradient, z: list[Tensor], norms: Callable[[list[Tensor]], Tensor], *, iterations: int, first: int = 0
 ) -> Tensor:
     """(n,): the largest eigenvalue of each sample's Hessian, by power iteration.
 
     gradient: z -> gradient of a sum over samples, like z. z: tensors (n, ...); sample i is row i of them all. norms:
     the Euclidean norm of each sample, of tensors like z. The Hessian's product with a direction v is the difference
-    quotient of the gradient along v. The first direction is random but the same in every call.
+    quotient of the gradient along v. first: the number of z[0] among the hidden values of the net, from 0.
     """
     check_int("iterations", iterations)
     if iterations < 1:
         raise ValueError(f"iterations: must be at least 1, got {iterations}")
     step = 1e-2  # a longer one meets the kinks of relu, a shorter one the rounding of the gradient
     z = [value.to(accumulation_dtype(value.dtype)) for value in z]
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    v = [torch.randn(value.shape, generator=generator, device="cpu").to(value) for value in z]
+    v = [_first_direction(t, value) for t, value in enumerate(z, first)]
     at_z = gradient(z)
     for _ in range(iterations):
         scale = step / norms(v).clamp_min(1e-30)
@@ -48,6 +47,13 @@ def curvatures(
 def norms_of_samples(tensors: list[Tensor]) -> Tensor:
     """(n,): the Euclidean norm of each sample's rows, over all tensors."""
     return torch.stack([tensor.flatten(1).square().sum(1) for tensor in tensors]).sum(0).sqrt()
+
+
+def _first_direction(t: int, like: Tensor) -> Tensor:
+    """Random, but in every call the same of hidden value t of any sample: so it does not depend on which process has
+    the layer and the sample."""
+    generator = torch.Generator(device="cpu").manual_seed(t)
+    return torch.randn(like.shape[1:], generator=generator, device="cpu").to(like).expand_as(like)
 
 
 def _by_sample(numbers: Tensor, like: Tensor) -> Tensor:

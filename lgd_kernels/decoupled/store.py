@@ -159,7 +159,8 @@ class ActivationStore:
             return
         if self._prefetched is not None:
             self._prefetched.outdated.append(batch.indices)
-        rows = torch.cat([t.reshape(len(t), -1) for t in (*batch.z, *(batch.multiplier or ()))], dim=1)
+        layers = zip([*batch.z, *(batch.multiplier or ())], self._widths, strict=True)
+        rows = torch.cat([layer.reshape(len(layer), width) for layer, width in layers], dim=1)
         rows = _to_bfloat16(rows, self._generator) if self.dtype == torch.bfloat16 else rows
         place = self._rows.device
         self._rows.index_copy_(0, batch.indices.to(place), rows.to(place))
@@ -214,7 +215,8 @@ class ActivationStore:
     def _layers(self, rows: Tensor, *, contiguous: bool) -> tuple[list[Tensor], list[Tensor] | None]:
         """z and the multipliers, layer by layer; as views, or each in memory of its own."""
         parts = rows.split(self._widths, dim=1)
-        parts = [part.contiguous() for part in parts] if contiguous else parts
+        if contiguous:  # a view of one row or none would be contiguous too, but autograd sees it change with the others
+            parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         shapes, n_layers = self.shapes * (1 + self._with_multiplier), len(self.shapes)
         layers = [part.view(len(rows), *shape) for part, shape in zip(parts, shapes, strict=True)]
         return layers[:n_layers], layers[n_layers:] if self._with_multiplier else None

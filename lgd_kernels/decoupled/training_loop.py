@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,6 +21,10 @@ from lgd_kernels.decoupled.modes import Mode, StoredValues
 from lgd_kernels.decoupled.network import DecoupledNetwork
 from lgd_kernels.decoupled.store import ActivationStore
 from lgd_kernels.decoupled.training import Training
+
+if TYPE_CHECKING:
+    from lgd_kernels.decoupled.distributed import DistributedNetwork
+    from lgd_kernels.decoupled.sharded_checkpoint import ShardedCheckpoints
 
 
 class Callback:
@@ -36,7 +41,7 @@ class Callback:
 
 
 def fit(
-    net: DecoupledNetwork,
+    net: DecoupledNetwork | DistributedNetwork,
     data: Data,
     *,
     epochs: int,
@@ -51,7 +56,7 @@ def fit(
     autocast: bool = False,
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
-    checkpoint: str | os.PathLike | Checkpoints | None = None,
+    checkpoint: str | os.PathLike | Checkpoints | ShardedCheckpoints | None = None,
     resume: bool = False,
     log: Any = None,
     progress: bool = True,
@@ -67,6 +72,12 @@ def fit(
     At first the hidden values of all samples are those of the net fed forward, moved by the mode's burn-in. At the
     beginning of every epoch the mode measures the curvature for its first minibatch, which sets the step of z.
 
+    A `DistributedNetwork` is trained by all ranks together, each of which calls `fit` with the same arguments: all of
+    the data, of which it loads its shard, and the optimizer of its own parameters. What is trained and returned is that
+    of one process, but for the rounding of sums, and for the seconds, which each rank counts by itself. Callbacks are
+    called on every rank, and must decide the same everywhere; rank 0 shows the bar and writes the log. Samples that are
+    not shuffled make minibatches of one shard alone, for which the other shards' ranks wait.
+
     Args:
         net: on the device where it is to be trained.
         data: (x, target), tensors with a row for every sample; a map-style Dataset of such pairs; or a DataLoader of
@@ -75,52 +86,58 @@ def fit(
         epochs: to train in all, those before a resume included.
         optimizer: of the net's parameters. Its step is fused with a visit where `DecoupledNetwork.visit_` can.
         mode: `StoredValues()`, the default; `StoredValues(multipliers=False)`, `ReinitializedValues()` or
-            `Backpropagation()`.
+            `Backpropagation()`, the last one not for a DistributedNetwork.
         scheduler: of the optimizer's learning rate; its `step` is called after every epoch, for ReduceLROnPlateau with
             the loss that `patience` watches.
         validation: like data; the net fed forward is judged by it after every epoch.
         batch_size: of tensors and Datasets, 64 if None. A DataLoader has its own.
         seed: of the order of the samples.
         store: where the hidden values are kept if not on the device in the dtype of the net; see `ActivationStore`.
-            What is in it is overwritten.
+            What is in it is overwritten. Of a DistributedNetwork: those of its rank, of the shard's samples.
         clip_grad_norm: the largest norm of the gradient of all parameters together. It keeps the optimizer's step from
-            being fused.
-        autocast: mixed precision: layers that do not go to the fused ops run under torch.autocast in bfloat16.
+            being fused. Not for a DistributedNetwork.
+        autocast: mixed precision: layers that do not go to the fused ops run under torch.autocast in bfloat16. Not for
+            a DistributedNetwork.
         patience: stop after so many epochs without a smaller validation loss (without validation: training loss).
         callbacks: see `Callback`.
         checkpoint: a folder, or `Checkpoints` for how often and how many. A folder gets one after every epoch, and the
-            last two are kept. One is written before the first step as well.
+            last two are kept. One is written before the first step as well. Of a DistributedNetwork: a folder that all
+            ranks see, or `ShardedCheckpoints`; there is none before the first step.
         resume: go on from the last checkpoint in the folder, if there is one, with the numbers that the uninterrupted
             run would have had: on a CPU bit for bit. Net, optimizer, scheduler and store must be made as they were, and
             are then overwritten. Randomness in a Dataset is repeated only if it comes from torch's default generator,
-            without worker processes.
+            without worker processes. A DistributedNetwork may go on with another mesh than before; the numbers are then
+            those of the uninterrupted run but for the rounding of sums, and no randomness is repeated.
         log: the path of a CSV file, or a torch.utils.tensorboard.SummaryWriter. Written after every epoch.
         progress: show a bar.
 
     Raises:
         TypeError, ValueError, IndexError: arguments that are wrong or do not fit each other; checkpoints that are in
             the folder without resume, or of other data.
+        RuntimeError: of a DistributedNetwork: a rank is dead; a checkpoint of another net.
     """
     mode = StoredValues() if mode is None else mode
-    _check_kinds({"net": (net, DecoupledNetwork), "optimizer": (optimizer, Optimizer), "mode": (mode, Mode)})
+    kind_of_training = _kind_of_training(net)
+    _check_kinds({"optimizer": (optimizer, Optimizer), "mode": (mode, Mode)})
     _check_numbers(epochs, seed, clip_grad_norm, patience)
     for name, value in {"autocast": autocast, "resume": resume, "progress": progress}.items():
         check_bool(name, value)
     _check_log(log)
-    checkpoints = _checkpoints(checkpoint, resume)
-    training = Training(
+    checkpoints = _checkpoints(checkpoint, resume, kind_of_training.kind_of_checkpoints)
+    is_validated = validation is not None
+    training = kind_of_training(
         net,
         optimizer,
         mode,
         Batches(data, batch_size, seed=seed),
+        validation=Batches(validation, None, seed=seed, name="validation") if is_validated else None,
         scheduler=scheduler,
         store=store,
         clip_grad_norm=clip_grad_norm,
         autocast=autocast,
     )
-    is_validated = validation is not None
-    validation_batches = Batches(validation, None, seed=seed, name="validation") if is_validated else None
-    if not (resume and _resume(training, checkpoints)):
+    progress = progress and training.reports
+    if not (resume and training.resume(checkpoints)):
         _begin(training, checkpoints, progress)
     with _bar(progress, "training", epochs * len(training.batches), training.step) as bar:
         while not _is_over(training, epochs, patience, is_validated):
@@ -128,26 +145,18 @@ def fit(
                 for callback in callbacks:
                     callback.on_batch_end(training)
                 if checkpoints is not None and checkpoints.every and training.step % checkpoints.every == 0:
-                    checkpoints.save(training.step, training.state_dict())
+                    training.save(checkpoints)
                 bar.update()
-            training.end_epoch(validation_batches)
+            training.end_epoch()
             for callback in callbacks:
                 callback.on_epoch_end(training)
-            _write(log, training.history)
+            if training.reports:
+                _write(log, training.history)
             bar.set_postfix_str(_summary(training.history, is_validated))
             is_last = _is_over(training, epochs, patience, is_validated)
             if checkpoints is not None and (checkpoints.every is None or is_last):
-                checkpoints.save(training.step, training.state_dict())
+                training.save(checkpoints)
     return training.history
-
-
-def _resume(training: Training, checkpoints: Checkpoints) -> bool:
-    """Go on from the last checkpoint; whether there was one. Its file is mapped into memory in here and no longer, so
-    that its space on the disk is free when it is removed."""
-    state = checkpoints.load()
-    if state is not None:
-        training.load_state_dict(state)
-    return state is not None
 
 
 def _begin(training: Training, checkpoints: Checkpoints | None, progress: bool) -> None:
@@ -156,7 +165,7 @@ def _begin(training: Training, checkpoints: Checkpoints | None, progress: bool) 
         for _ in training.initialize_values():
             bar.update()
     if checkpoints is not None:
-        checkpoints.save(0, training.state_dict())
+        training.save(checkpoints)
 
 
 def _watched(history: History, is_validated: bool) -> list[float]:
@@ -221,6 +230,18 @@ def _write(log: Any, history: History) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _kind_of_training(net: Any) -> type[Training]:
+    if isinstance(net, DecoupledNetwork):
+        return Training
+    if torch.distributed.is_available():
+        from lgd_kernels.decoupled import distributed_training  # takes its time, so that only who needs it waits
+
+        if isinstance(net, distributed_training.DistributedNetwork):
+            return distributed_training.DistributedTraining
+    kind = f"{DecoupledNetwork.__module__}.{DecoupledNetwork.__name__}"
+    raise TypeError(f"net: expected {kind} or a DistributedNetwork, got {type(net).__name__}")
+
+
 def _check_kinds(arguments: dict[str, tuple[Any, type]]) -> None:
     for name, (value, kind) in arguments.items():
         if not isinstance(value, kind):
@@ -247,12 +268,14 @@ def _check_log(log: Any) -> None:
         raise TypeError(f"log: expected a path or a SummaryWriter, got {type(log).__name__}")
 
 
-def _checkpoints(checkpoint: str | os.PathLike | Checkpoints | None, resume: bool) -> Checkpoints | None:
+def _checkpoints(checkpoint: Any, resume: bool, kind: type) -> Checkpoints | ShardedCheckpoints | None:
     if checkpoint is None:
         if resume:
             raise ValueError("resume: needs checkpoint, the folder to resume from; got None")
         return None
-    checkpoints = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+    if not isinstance(checkpoint, (str, os.PathLike, kind)):
+        raise TypeError(f"checkpoint: expected a folder or {kind.__name__}, got {type(checkpoint).__name__}")
+    checkpoints = checkpoint if isinstance(checkpoint, kind) else kind(checkpoint)
     steps = checkpoints.steps()
     if steps and not resume:
         raise ValueError(
