@@ -16,7 +16,8 @@ pytestmark = pytest.mark.cpu
 
 def test_in_the_interpreter():
     in_the_interpreter(
-        ("test_local_residual.py", "test_decoupled_step.py"), ("test_decoupled_linear.py", "interpreted_layers.py")
+        ("test_local_residual.py", "test_decoupled_step.py"),
+        ("test_decoupled_linear.py", "interpreted_layers.py", "interpreted_descriptors.py"),
     )
 
 

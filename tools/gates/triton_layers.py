@@ -34,6 +34,9 @@ SIZES = {
     "uneven": (77, 77),
     "library": (4096, 4096),
 }
+# layers of another activation, and so of another launch: what is left are all, those that lie in stacks, or layers that
+# are not equally far apart, which have no descriptors
+ELSEWHERE = {"all": (), "without_first": (0,), "irregular": (0, 1, 4)}
 TILED = tuple(size for size in SIZES if size != "library")
 ONE = ("64", "tall", "uneven")  # of every kind of tile
 KERNELS = ("forward", "forward_pre", "input_gradient", "weight_gradient")
@@ -61,10 +64,18 @@ class LayerVariant(NamedTuple):
     precision: str
     size: str
     architecture: int
+    layers: str = "all"
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.precision} {self.size} sm_{self.architecture}"
+        layers = "" if self.layers == "all" else f" {self.layers}"
+        return f"{self.kernel} {self.precision} {self.size} sm_{self.architecture}{layers}"
+
+    @property
+    def activation(self) -> list[int]:
+        from lgd_kernels.triton_kernels.activations import GELU_TANH, TANH
+
+        return [(TANH if t in ELSEWHERE[self.layers] else GELU_TANH).value for t in range(LAYERS)]
 
     @property
     def multiplies_half(self) -> bool:
@@ -73,6 +84,14 @@ class LayerVariant(NamedTuple):
             return False
         of_step = self.kernel in STEP_KERNELS
         return self.precision == "bfloat16" or (self.precision == "float16" and not of_step)
+
+    @property
+    def loads_tiles(self) -> bool:
+        """Whether an operand is loaded by a descriptor."""
+        half = self.multiplies_half or (self.kernel in KERNELS and self.precision == "autocast")
+        if self.architecture < 90 or self.size == "uneven" or self.layers == "irregular":
+            return False
+        return half and (self.size, self.architecture) != ("tall_32", 100)
 
     def launch(self) -> tuple:
         """(kernel, arguments, options)."""
@@ -84,10 +103,12 @@ class LayerVariant(NamedTuple):
         """What is wrong with a kernel that does not spill and is within its budget."""
         if report.shared > SHARED_MEMORY[self.architecture]:
             yield f"{report.shared} bytes of shared memory"
-        if self.size != "uneven" and not report.wide_loads:
+        if self.size != "uneven" and not report.wide_loads and not report.tile_loads:
             yield "no load of 16 bytes"
         if self.size != "uneven" and not report.wide_stores and self.kernel != "step_of_bias":  # it stores 64 numbers
             yield "no store of 16 bytes"
+        if (report.tile_loads > 0) != self.loads_tiles:
+            yield f"{report.tile_loads} loads of tiles by descriptors"
         planned = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.architecture]
         if self.multiplies_half and report.tensor_cores != planned:
             yield f"multiplies by {report.tensor_cores or 'scalars'}, not by {planned}"
@@ -107,9 +128,13 @@ def layer_variants() -> list[LayerVariant]:
     others += itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
     # of the largest, where operands are in single precision, the products are the library's
     others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("128",))
+    aligned = [size for size in TILED if size != "uneven"]
+    grouped = itertools.product(STEP_KERNELS, ("bfloat16",), aligned, (90, 100), ("without_first", "irregular"))
+    irregular = itertools.product(KERNELS, ("bfloat16",), ("tall",), (90, 100), ("irregular",))
     everywhere = itertools.product([*of_residual, *of_step, *of_products, *of_library], ARCHITECTURES)
-    chosen = [*everywhere, *((v, 90) for v in others)]
-    return list(dict.fromkeys(LayerVariant(*variant, architecture) for variant, architecture in chosen))
+    chosen = [LayerVariant(*variant, architecture) for variant, architecture in everywhere]
+    chosen += [LayerVariant(*variant, 90) for variant in others]
+    return list(dict.fromkeys([*chosen, *itertools.starmap(LayerVariant, [*grouped, *irregular])]))
 
 
 def _residual_launch(variant: LayerVariant) -> tuple:
@@ -134,12 +159,12 @@ def _linear_launch(variant: LayerVariant) -> tuple:
 
     from lgd_kernels.triton_kernels import decoupled_linear as module
     from lgd_kernels.triton_kernels import layers, linear_launches
-    from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
+    from lgd_kernels.triton_kernels.activations import HUBER
 
     (n, d), (dtype, of_weight) = SIZES[variant.size], (getattr(torch, name) for name in PRECISIONS[variant.precision])
     z, target, multiplier = torch.empty(3, LAYERS, n, d, dtype=dtype, device="meta")
     weight = torch.empty(LAYERS, d, d, dtype=of_weight, device="meta")
-    one, activation, yes = [1.0] * LAYERS, [GELU_TANH.value] * LAYERS, [True]
+    one, activation, yes = [1.0] * LAYERS, variant.activation, [True]
     with _float32_as(variant.precision), recorded(variant.architecture, linear_launches, layers) as launches:
         if variant.kernel.startswith("forward"):
             given = [z], [weight], [weight[:, 0]], [target], [multiplier], activation, variant.kernel == "forward_pre"
@@ -152,7 +177,7 @@ def _linear_launch(variant: LayerVariant) -> tuple:
             module.decoupled_linear_backward(*given, one, one, yes, yes, yes, [False], [False])
     kernels = {"input_gradient": "input_gradient_kernel", "weight_gradient": "weight_gradient_kernel"}
     name = kernels.get(variant.kernel, "forward_kernel")
-    return next(launch for launch in launches if launch[0].__name__ == name)
+    return [launch for launch in launches if launch[0].__name__ == name][-1]
 
 
 def _step_launch(variant: LayerVariant) -> tuple:
@@ -160,7 +185,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
 
     from lgd_kernels.triton_kernels import decoupled_step as module
     from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, operands, softmax_infogain
-    from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
+    from lgd_kernels.triton_kernels.activations import HUBER
 
     (n, d), dtype = SIZES[variant.size], getattr(torch, PRECISIONS[variant.precision][0])
     of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
@@ -175,7 +200,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
     with _float32_as(variant.precision), recorded(variant.architecture, *modules) as launches:
         module.decoupled_step_(
             *(empty(n, d), *hidden, [], *weight, *bias, empty(n, d), *[None] * 6, -100, True),
-            *([GELU_TANH.value] * LAYERS, True, HUBER.value, 1.0, one, one, one),
+            *(variant.activation, True, HUBER.value, 1.0, one, one, one),
             *(1, 0.1, 0.5, 0.1, adam, empty(2, 7, of=torch.float64)),
         )
     name = STEP_KERNELS.get(variant.kernel) or LIBRARY_KERNELS[variant.kernel]
