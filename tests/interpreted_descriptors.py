@@ -80,7 +80,7 @@ def test_what_descriptors_describe():
     assert found.base.data_ptr() == stack[1, 0, 8:].data_ptr()
     assert (found.shape, found.strides) == ([3, 9, 16], [2 * 9 * 24, 24, 1])
     assert found.block_shape == [1, 64, 32]
-    one = zeros(1, 300)[:, : 9 * 8].view(1, 9, 8)
+    one = torch.empty_strided((1, 9, 8), (300, 8, 1), dtype=torch.bfloat16)
     assert descriptor(one, (0,)).strides == [9 * 8, 8, 1]  # whatever the stride of the one layer is
 
 
@@ -90,18 +90,20 @@ def test_what_descriptors_describe():
         (zeros(7, 9, 16), (0, 1, 3)),
         (zeros(7, 9, 16), (3, 2)),
         (zeros(7, 16, 16).mT, (0, 1)),
+        (zeros(7, 1, 16).mT, (0, 1)),
         (zeros(7, 9, 32)[..., ::2], (0, 1)),
         (zeros(7, 9, 24)[..., 4:20], (0, 1)),
         (zeros(7, 9, 15), (0, 1)),
         (zeros(7, 1, 16).expand(7, 9, 16), (0, 1)),
         (zeros(1, 9, 16).expand(7, 9, 16), (0, 1)),
         (zeros(9, 7, 16).transpose(0, 1), (0, 1)),
+        (torch.empty_strided((2, 9, 16), (9 * 24 + 8, 24, 1), dtype=torch.bfloat16), (0, 1)),
         (zeros(7, 0, 16), (0, 1)),
     ],
-    ids=[
-        *("irregular", "backwards", "columns", "every_other", "start", "odd", "one_row", "one_layer", "interleaved"),
-        "empty",
-    ],
+    ids=(
+        *("irregular", "backwards", "columns", "one_column", "every_other", "start", "odd", "one_row", "one_layer"),
+        *("interleaved", "apart_by_no_rows", "empty"),
+    ),
 )
 def test_what_has_no_descriptors(stack, chosen):
     assert descriptor(stack, chosen) is None

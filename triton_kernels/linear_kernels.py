@@ -9,6 +9,8 @@ A program has one tile. A layer is always cut in the same way, so that its bits 
 
 The gradient of a bias, sums of delta, has a kernel of its own.
 
+Tiles of an operand are loaded by a tensor descriptor or by pointers, as linear_launches.py says; products are the same.
+
 What becomes of a tile of a gradient is up to a function FINISH(to, layer, rows, columns, mask, gradient):
 `store_gradient` here, or an update in update_rules.py.
 """
