@@ -55,8 +55,8 @@ def linear_tiles(
     deep = architecture >= 90  # before, activated operands of a product 128 bytes deep do not fit the registers
     # By a descriptor one thread asks for a whole tile: the main loop of delta W, 128 x 128 x 64 on sm_90, has 96
     # instructions instead of 186, and 13 registers instead of 50 besides its sums; all in all 253 instead of 254. Where
-    # operands are activated, 128 x 32 would spill on sm_100, and other tiles on sm_120.
-    spills = architecture >= 120 or (architecture >= 100 and (block_rows, block_columns) == (128, 32))
+    # operands are activated, 128 x 32 would spill on sm_100, and larger tiles on sm_120.
+    spills = architecture >= 120 or (architecture >= 100 and block_columns == 32)
     descriptors = architecture >= 90 and precision == "half" and even and not spills
     return LinearTiles(
         block_rows,

@@ -91,7 +91,7 @@ class LayerVariant(NamedTuple):
         half = self.multiplies_half or (self.kernel in KERNELS and self.precision == "autocast")
         if self.architecture < 90 or self.size == "uneven" or self.layers == "irregular":
             return False
-        return half and (self.size, self.architecture) != ("tall_32", 100)
+        return half and (self.architecture == 90 or SIZES[self.size][1] > 32)
 
     def launch(self) -> tuple:
         """(kernel, arguments, options)."""
