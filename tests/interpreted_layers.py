@@ -22,6 +22,7 @@ from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, 
 from lgd_kernels.triton_kernels import local_residual as residual_kernels
 from lgd_kernels.triton_kernels.activations import activated, hidden_loss
 from lgd_kernels.triton_kernels.linear_kernels import weight_gradient_kernel
+from lgd_kernels.triton_kernels.linear_tiles import LinearTiles
 from tools.gpu import tile_trials
 
 pytestmark = pytest.mark.usefixtures("nan_prefill")
@@ -158,7 +159,7 @@ def test_local_residual_refuses_wrong_shapes():
 # decoupled_linear
 # ---------------------------------------------------------------------------------------------------------------------
 
-SMALL = linear_tiles.LinearTiles(rows=16, columns=16, depth=16, parts=2, num_warps=1, num_stages=1, registers=255)
+SMALL = LinearTiles(16, 16, 16, parts=2, num_warps=1, num_stages=1, registers=255, descriptors=True)
 by_preactivation = pytest.mark.parametrize("preactivation", [False, True], ids=["post", "pre"])
 
 
@@ -347,10 +348,14 @@ def test_launches_of_a_visit_do_not_depend_on_the_depth(monkeypatch):
 
 
 def test_counted_tiles_depend_on_one_layer():
-    tiles, T = linear_tiles.counted_tiles, linear_tiles.LinearTiles
-    assert tiles(1024, 1024, 2, "half", 90) == T(128, 128, 64, parts=8, num_warps=4, num_stages=3, registers=255)
-    assert tiles(1024, 1024, 4, "tf32", 80) == T(128, 128, 16, parts=8, num_warps=8, num_stages=4, registers=255)
-    assert tiles(64, 32, 2, "half", 90) == T(64, 32, 64, parts=2, num_warps=4, num_stages=3, registers=168)
+    tiles = linear_tiles.counted_tiles
+    assert tiles(1024, 1024, 2, "half", 90) == LinearTiles(128, 128, 64, 8, 4, 3, registers=255, descriptors=True)
+    assert tiles(1024, 1024, 4, "tf32", 80) == LinearTiles(128, 128, 16, 8, 8, 4, registers=255, descriptors=False)
+    assert tiles(64, 32, 2, "half", 90) == LinearTiles(64, 32, 64, 2, 4, 3, registers=168, descriptors=True)
+    assert tiles(512, 64, 2, "half", 100).descriptors and not tiles(512, 32, 2, "half", 100).descriptors
+    assert not tiles(512, 64, 2, "half", 90, even=False).descriptors
+    by_descriptors = [a for a in (80, 89, 90, 100, 103, 120) if tiles(512, 64, 2, "half", a).descriptors]
+    assert by_descriptors == [90, 100, 103]
     for rows, columns in ((0, 0), (1, 1), (64, 64), (65, 65), (5000, 5000)):
         for architecture in (80, 89, 90, 100, 120):
             chosen = tiles(rows, columns, 2, "half", architecture)

@@ -18,7 +18,7 @@ def test_residuals_and_visits_in_the_interpreter(interpreted):
     pass
 
 
-@pytest.mark.interpreted("test_decoupled_linear.py", "interpreted_layers.py")
+@pytest.mark.interpreted("test_decoupled_linear.py", "interpreted_layers.py", "interpreted_descriptors.py")
 def test_linear_layers_in_the_interpreter(interpreted):
     pass
 

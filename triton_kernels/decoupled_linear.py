@@ -89,19 +89,18 @@ def decoupled_linear(
     for group in groups_of(lists, activation, need_residual, need_gradient):
         stack, layers = group.stacks[0], group.layers
         phi, f = phi_and_f(activation[layers[0]], preactivation)
-        of_z = group.of(z)
         io = ResidualIo(
             target=group.of(target),
             multiplier=group.of(multiplier),
-            skip_input=of_z if any(skip[t] for t in layers) else None,
+            skip_input=group.of(z) if any(skip[t] for t in layers) else None,
             residual=group.of(to_residual),
             delta=group.of(to_delta),
             q=group.of(to_q),
         )
         partial = launch_forward(
             _sizes(layers, z[stack], weight[stack]),
-            of_z,
-            group.of(weight),
+            group.operand(z),
+            group.operand(weight),
             group.of(bias),
             io,
             [numbers[t] for t in layers],
@@ -158,18 +157,18 @@ def decoupled_linear_backward(
         sizes = _sizes(layers, z[stack], weight[stack])
         phi, _ = phi_and_f(activation[layers[0]], preactivation)
         how = arithmetic(z[stack].dtype, weight[stack].dtype)
-        of_z, of_delta, upstream = group.of(z), group.of(delta), stack_layers(grad_energy, layers)
+        of_z, of_delta, upstream = group.operand(z), group.operand(delta), stack_layers(grad_energy, layers)
         of_group = [numbers[t] for t in layers]
         if need_z[stack]:
             of_q = group.of(q) if any(skip[t] for t in layers) else None
-            of_weight = group.of(weight)
+            of_weight = group.operand(weight)
             launch_input_gradient(
-                sizes, of_z, of_weight, of_delta, of_q, upstream, group.of(to_z), of_group, how, phi
+                sizes, of_z.layers, of_weight, of_delta, of_q, upstream, group.of(to_z), of_group, how, phi
             )  # fmt: skip
         if need_weight[stack]:
             launch_weight_gradient(sizes, of_z, of_delta, upstream, group.of(to_weight), of_group, how, phi)
         if need_bias[stack]:
-            launch_bias_gradient(sizes, of_delta, upstream, group.of(to_bias), how)
+            launch_bias_gradient(sizes, of_delta.layers, upstream, group.of(to_bias), how)
     grad_target = _scaled(of_target, grad_energy, z, accumulate)
     return grad_z, grad_weight, grad_bias, grad_target, _scaled(of_multiplier, grad_energy, z, accumulate)
 

@@ -166,7 +166,7 @@ class Net:
         if batches := self.for_library(chosen, self.inputs, self.products):
             partial = linear_library.launch_forward(*batches, *rest)
         else:
-            operands = (self.inputs.choose(chosen), self.products.choose(chosen))
+            operands = (self.inputs.operand(chosen), self.products.operand(chosen))
             partial = launch_forward(self.sizes(chosen), *operands, *rest)
         if energy is not None:
             sum_energy(partial, energy, chosen)
@@ -211,7 +211,7 @@ class Net:
             if batches := self.for_library(chosen, self.delta, self.products):
                 linear_library.launch_input_gradient(*batches, z, q, *rest)
             else:
-                operands = (z, self.products.choose(chosen), self.delta.choose(chosen))
+                operands = (z, self.products.operand(chosen), self.delta.operand(chosen))
                 launch_input_gradient(self.sizes(chosen), *operands, q, None, *rest)
 
     def step_of_parameters(self, rule: int) -> None:
@@ -220,15 +220,15 @@ class Net:
         for chosen in self.groups(range(self.last + 1), self.weight.key, self.bias.key):
             factors = table((mean,) * len(chosen), self.how.accumulate, self.x.device)
             sizes, upstream = self.sizes(chosen), stack_layers(factors, tuple(range(len(chosen))))
-            delta, bias = self.delta.choose(chosen), self.bias.choose(chosen)
+            delta, bias = self.delta.operand(chosen), self.bias.choose(chosen)
             to, numbers = self.weight.choose(chosen), [self.numbers[t] for t in chosen]
             rest = (upstream, to, numbers, self.how, self.phi_and_f(chosen)[0], RULES[rule])
             if batches := self.for_library(chosen, self.inputs, self.delta):
                 linear_library.launch_weight_gradient(*batches, *rest)
             else:
-                launch_weight_gradient(sizes, self.inputs.choose(chosen), delta, *rest)
+                launch_weight_gradient(sizes, self.inputs.operand(chosen), delta, *rest)
             if bias is not None:
-                launch_bias_gradient(sizes, delta, upstream, bias, self.how, RULES[rule])
+                launch_bias_gradient(sizes, delta.layers, upstream, bias, self.how, RULES[rule])
 
 
 class SoftmaxHead(NamedTuple):

@@ -78,6 +78,20 @@ def _layers(first: Tensor, offsets: tuple[int, ...], apart: Sequence[int]) -> La
     return Layers(*constants, first, table(offsets, torch.int64, first.device), row, column)
 
 
+class Operand(NamedTuple):
+    """Layers that products read."""
+
+    layers: Layers
+    batch: Tensor | None  # (L, n, d): the same layers, where they are equally far apart in one stack
+
+
+def batch_of(stack: Tensor, positions: Sequence[int]) -> Tensor | None:
+    """The layers at these positions as one tensor, where they are equally far apart."""
+    apart = positions[1] - positions[0] if len(positions) > 1 else 1
+    expected = range(positions[0], positions[0] + apart * len(positions), apart) if apart > 0 else ()
+    return stack[positions[0] : positions[-1] + 1 : apart] if tuple(positions) == tuple(expected) else None
+
+
 def stack_layers(stack: Tensor | None, chosen: tuple[int, ...]) -> Layers | None:
     """The chosen layers of a stack (T, n, d), (T, n) or (T,)."""
     if stack is None:
@@ -127,11 +141,11 @@ class LayerList:
     def batch(self, chosen: Sequence[int]) -> Tensor | None:
         """The chosen layers as one tensor, where they are equally far apart in one stack."""
         stacks, positions = zip(*(self.places[t] for t in chosen), strict=True)
-        apart = positions[1] - positions[0] if len(positions) > 1 else 1
-        expected = range(positions[0], positions[0] + apart * len(positions), apart) if apart > 0 else ()
-        if len(set(stacks)) > 1 or positions != tuple(expected):
-            return None
-        return self.stacks[stacks[0]][positions[0] : positions[-1] + 1 : apart]
+        return batch_of(self.stacks[stacks[0]], positions) if len(set(stacks)) == 1 else None
+
+    def operand(self, chosen: Sequence[int]) -> Operand:
+        """The chosen layers, for products."""
+        return Operand(self.choose(chosen), self.batch(chosen))
 
     def _address(self, t: int) -> int:
         i, position = self.places[t]
@@ -163,6 +177,11 @@ class Group:
         if self.positions is None:
             return single_layers([tensors[i] for i in self.stacks])
         return stack_layers(tensors[self.stacks[0]], self.positions)
+
+    def operand(self, tensors: Sequence[Tensor]) -> Operand:
+        """The group's layers, for products."""
+        batch = None if self.positions is None else batch_of(tensors[self.stacks[0]], self.positions)
+        return Operand(self.of(tensors), batch)
 
 
 def groups_of(lists: Sequence[Sequence[Tensor | None]], activation: Sequence[int], *per_stack: Sequence) -> list[Group]:

@@ -1,13 +1,16 @@
 """Three products of matrices over all tiles of all layers of one shape and activation, each with all that belongs to it
 in its epilogue.
 
-A program has one tile. A layer is always cut in the same way, so that its bits do not depend on the others:
+A program has one tile: a loop over tiles takes 12 to 38 registers more, and in it Triton 3.6 forgets the constants of
+tuples in tuples. A layer is always cut in the same way, so that its bits do not depend on the others:
 
     forward_kernel              phi(z) W^T      raw logits, which stay in registers, their residual and its energy
     weight_gradient_kernel      delta^T phi(z)
     input_gradient_kernel       delta W         times phi'(z), less skip * q
 
 The gradient of a bias, sums of delta, has a kernel of its own.
+
+Tiles of an operand are loaded by a tensor descriptor or by pointers, as linear_launches.py says; products are the same.
 
 What becomes of a tile of a gradient is up to a function FINISH(to, layer, rows, columns, mask, gradient):
 `store_gradient` here, or an update in update_rules.py.
@@ -36,8 +39,8 @@ BLOCK_S, BLOCK_O = tl.constexpr(32), tl.constexpr(64)  # samples and outputs of 
 
 
 @triton.jit
-def tile_of_program(n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
-    """(layer, rows (BLOCK_M,), columns (BLOCK_N,)) of this program; programs of a layer follow one another."""
+def place_of_program(n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+    """(layer, row tile, column tile) of this program; programs of a layer follow one another."""
     row_tiles, column_tiles = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_columns, BLOCK_N)
     layer = tl.program_id(0) // (row_tiles * column_tiles)
     tile = tl.program_id(0) % (row_tiles * column_tiles)
@@ -47,6 +50,13 @@ def tile_of_program(n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
     row_tile, column_tile = first + within % height, within // height
     if WIDE:
         row_tile, column_tile = row_tile.to(tl.int64), column_tile.to(tl.int64)
+    return layer, row_tile, column_tile
+
+
+@triton.jit
+def tile_of_program(n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+    """(layer, rows (BLOCK_M,), columns (BLOCK_N,)) of this program."""
+    layer, row_tile, column_tile = place_of_program(n_rows, n_columns, BLOCK_M, BLOCK_N, WIDE)
     return layer, row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
@@ -59,12 +69,27 @@ def as_operand(x, how, PHI: tl.constexpr):
 
 
 @triton.jit
+def load_tile(at, descriptor, layer, first_row, first_column, TRANSPOSED: tl.constexpr, mask):
+    """A tile (BLOCK_R, BLOCK_C) of a layer, or of its transpose if TRANSPOSED; 0 beyond its end: by a descriptor of all
+    layers, or where there is none by pointers `at` and their mask, both (BLOCK_R, BLOCK_C)."""
+    if descriptor is None:
+        return tl.load(at, mask=mask, other=0)
+    elif TRANSPOSED:
+        tile = descriptor.load([layer, first_column, first_row])
+        return tl.reshape(tile, (mask.shape[1], mask.shape[0])).T
+    else:
+        return tl.reshape(descriptor.load([layer, first_row, first_column]), mask.shape)
+
+
+@triton.jit
 def product(
     a,
     b,
+    a_descriptor,
+    b_descriptor,
     layer,
-    rows,
-    columns,
+    row_tile,
+    column_tile,
     n_rows,
     n_columns,
     depth,
@@ -78,6 +103,7 @@ def product(
     BLOCK_K: tl.constexpr,
 ):
     """A tile (BLOCK_M, BLOCK_N) of phi_a(A) phi_b(B), both of them a layer or its transpose, over the whole depth."""
+    rows, columns = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     a_at, b_at = layer_at(a, layer), layer_at(b, layer)
     if TRANSPOSE_A:
         n_rows, depth_a = size_of(a, depth, n_rows, True), size_of(a, depth, n_rows, False)
@@ -87,14 +113,21 @@ def product(
         n_columns, depth_b = size_of(b, n_columns, depth, False), size_of(b, n_columns, depth, True)
     else:
         n_columns, depth_b = size_of(b, depth, n_columns, True), size_of(b, depth, n_columns, False)
+    first_row, first_column = row_tile.to(tl.int32) * BLOCK_M, column_tile.to(tl.int32) * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), how.accumulated)
     for first in range(0, depth, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K).to(rows.dtype)
         to_a = within_layer(a, rows[:, None], k[None, :], TRANSPOSE_A)
         to_b = within_layer(b, k[:, None], columns[None, :], TRANSPOSE_B)
-        x = tl.load(a_at + to_a, mask=(rows < n_rows)[:, None] & (k < depth_a)[None, :], other=0)  # (BLOCK_M, BLOCK_K)
-        y = tl.load(b_at + to_b, mask=(k < depth_b)[:, None] & (columns < n_columns)[None, :], other=0)
-        x, y = as_operand(x, how, PHI_A), as_operand(y, how, PHI_B)  # y: (BLOCK_K, BLOCK_N)
+        x = load_tile(  # (BLOCK_M, BLOCK_K)
+            a_at + to_a, a_descriptor, layer, first_row, first, TRANSPOSE_A,
+            mask=(rows < n_rows)[:, None] & (k < depth_a)[None, :]
+        )  # fmt: skip
+        y = load_tile(  # (BLOCK_K, BLOCK_N)
+            b_at + to_b, b_descriptor, layer, first, first_column, TRANSPOSE_B,
+            mask=(k < depth_b)[:, None] & (columns < n_columns)[None, :]
+        )  # fmt: skip
+        x, y = as_operand(x, how, PHI_A), as_operand(y, how, PHI_B)
         total = tl.dot(x, y, total, input_precision=how.precision, out_dtype=how.accumulated)
     return total
 
@@ -153,6 +186,8 @@ def judge_products(
 def forward_kernel(
     z,
     weight,
+    z_descriptor,
+    weight_descriptor,
     bias,
     io,
     numbers,
@@ -171,11 +206,12 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Whatever is wanted for one tile of the raw logits of one layer, and its energy."""
-    layer, rows, columns = tile_of_program(n_samples, d_out, BLOCK_M, BLOCK_N, WIDE)
+    layer, row_tile, column_tile = place_of_program(n_samples, d_out, BLOCK_M, BLOCK_N, WIDE)
     products = product(
-        z, weight, layer, rows, columns, n_samples, d_out, d_in, how,
+        z, weight, z_descriptor, weight_descriptor, layer, row_tile, column_tile, n_samples, d_out, d_in, how,
         PHI, IDENTITY, False, True, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
+    rows, columns = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     energy = judge_products(
         products, bias, io, numbers + NUMBERS * layer, layer, rows, columns, n_samples, d_out, ACTIVATION, LOSS, PARTS
     )  # fmt: skip
@@ -216,6 +252,8 @@ def finish(
 def weight_gradient_kernel(
     z,
     delta,
+    z_descriptor,
+    delta_descriptor,
     upstream,
     to,
     numbers,
@@ -232,11 +270,12 @@ def weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """FINISH with one tile of the gradient of a weight, (BLOCK_M, BLOCK_N)."""
-    layer, rows, columns = tile_of_program(d_out, d_in, BLOCK_M, BLOCK_N, WIDE)
+    layer, row_tile, column_tile = place_of_program(d_out, d_in, BLOCK_M, BLOCK_N, WIDE)
     products = product(
-        delta, z, layer, rows, columns, d_out, d_in, n_samples, how,
+        delta, z, delta_descriptor, z_descriptor, layer, row_tile, column_tile, d_out, d_in, n_samples, how,
         IDENTITY, PHI, True, False, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
+    rows, columns = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(numbers + NUMBERS * layer + BRANCH_SCALE) * upstream_of(upstream, layer, how.accumulated)
     finish(FINISH, to, layer, rows, columns, d_out, size_of(z, n_samples, d_in, True), products * scale, PARTS)
 
@@ -315,6 +354,8 @@ def input_gradient_kernel(
     z,
     weight,
     delta,
+    weight_descriptor,
+    delta_descriptor,
     q,
     upstream,
     to,
@@ -332,11 +373,12 @@ def input_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """FINISH with one tile of the gradient of z."""
-    layer, rows, columns = tile_of_program(n_samples, d_in, BLOCK_M, BLOCK_N, WIDE)
+    layer, row_tile, column_tile = place_of_program(n_samples, d_in, BLOCK_M, BLOCK_N, WIDE)
     products = product(
-        delta, weight, layer, rows, columns, n_samples, d_in, d_out, how,
+        delta, weight, delta_descriptor, weight_descriptor, layer, row_tile, column_tile, n_samples, d_in, d_out, how,
         IDENTITY, IDENTITY, False, False, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
+    rows, columns = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     finish_input(
         FINISH, to, products, z, q, upstream, numbers + NUMBERS * layer, layer, rows, columns, n_samples, d_in,
         PHI, PARTS

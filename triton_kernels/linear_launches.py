@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import IDENTITY
 from .common import INT32_MAX, architecture_of, extent, launch
-from .layers import LayerNumbers, Layers, ResidualIo, numbers_of_layers
+from .layers import LayerNumbers, Layers, Operand, ResidualIo, numbers_of_layers
 from .linear_kernels import (
     BLOCK_O,
     bias_gradient_kernel,
@@ -38,8 +39,8 @@ def phi_and_f(activation: int, preactivation: bool) -> tuple[int, int]:
 
 def launch_forward(
     sizes: Sizes,
-    z: Layers,
-    weight: Layers,
+    z: Operand,
+    weight: Operand,
     bias: Layers | None,
     io: ResidualIo,
     numbers: Sequence[LayerNumbers],
@@ -49,25 +50,27 @@ def launch_forward(
     hidden_loss: int,
 ) -> Tensor:
     """Store what `io` wants; the energies (L, tiles) of the tiles."""
-    tiles = _tiles(sizes, (sizes.samples, sizes.d_out), how, (z, weight), io)
+    tiles = _tiles(sizes, (sizes.samples, sizes.d_out), how, (z.layers, weight.layers), io)
     n_tiles = triton.cdiv(sizes.samples, tiles.rows) * triton.cdiv(sizes.d_out, tiles.columns)
-    partial = z.data.new_empty(sizes.layers, n_tiles, dtype=how.accumulate)
+    data = z.layers.data
+    partial = data.new_empty(sizes.layers, n_tiles, dtype=how.accumulate)
     launch(
         forward_kernel,
         (partial.numel(),),
-        z.data,
-        z,
-        weight,
+        data,
+        z.layers,
+        weight.layers,
+        *_descriptors(tiles, (z, tiles.rows, tiles.depth), (weight, tiles.columns, tiles.depth)),
         bias,
         io,
-        numbers_of_layers(numbers, how.accumulate, z.data.device),
+        numbers_of_layers(numbers, how.accumulate, data.device),
         partial,
         *sizes[1:],
         how.product,
         PHI=phi,
         ACTIVATION=f,
         LOSS=hidden_loss,
-        **_options(tiles, z, weight, bias, *io),
+        **_options(tiles, z.layers, weight.layers, bias, *io),
     )
     return partial
 
@@ -75,8 +78,8 @@ def launch_forward(
 def launch_input_gradient(
     sizes: Sizes,
     z: Layers,
-    weight: Layers,
-    delta: Layers,
+    weight: Operand,
+    delta: Operand,
     q: Layers | None,
     upstream: Layers | None,
     to: Any,
@@ -86,15 +89,16 @@ def launch_input_gradient(
     finish: Any = store_gradient,
 ) -> None:
     """`finish` with the gradients of z. q: only where a layer has a skip."""
-    tiles = _tiles(sizes, (sizes.samples, sizes.d_in), how, (z, weight, delta))
+    tiles = _tiles(sizes, (sizes.samples, sizes.d_in), how, (z, weight.layers, delta.layers))
     n_tiles = triton.cdiv(sizes.samples, tiles.rows) * triton.cdiv(sizes.d_in, tiles.columns)
     launch(
         input_gradient_kernel,
         (sizes.layers * n_tiles,),
         z.data,
         z,
-        weight,
-        delta,
+        weight.layers,
+        delta.layers,
+        *_descriptors(tiles, (weight, tiles.depth, tiles.columns), (delta, tiles.rows, tiles.depth)),
         q,
         upstream,
         to,
@@ -103,14 +107,14 @@ def launch_input_gradient(
         how.product,
         FINISH=finish,
         PHI=phi,
-        **_options(tiles, z, weight, delta, q, *_layers_in(to)),
+        **_options(tiles, z, weight.layers, delta.layers, q, *_layers_in(to)),
     )
 
 
 def launch_weight_gradient(
     sizes: Sizes,
-    z: Layers,
-    delta: Layers,
+    z: Operand,
+    delta: Operand,
     upstream: Layers | None,
     to: Any,
     numbers: Sequence[LayerNumbers],
@@ -119,21 +123,22 @@ def launch_weight_gradient(
     finish: Any = store_gradient,
 ) -> None:
     """`finish` with the gradients of the weights."""
-    tiles = _tiles(sizes, (sizes.d_out, sizes.d_in), how, (z, delta))
+    tiles, data = _tiles(sizes, (sizes.d_out, sizes.d_in), how, (z.layers, delta.layers)), z.layers.data
     launch(
         weight_gradient_kernel,
         (sizes.layers * triton.cdiv(sizes.d_out, tiles.rows) * triton.cdiv(sizes.d_in, tiles.columns),),
-        z.data,
-        z,
-        delta,
+        data,
+        z.layers,
+        delta.layers,
+        *_descriptors(tiles, (z, tiles.depth, tiles.columns), (delta, tiles.depth, tiles.rows)),
         upstream,
         to,
-        numbers_of_layers(numbers, how.accumulate, z.data.device),
+        numbers_of_layers(numbers, how.accumulate, data.device),
         *sizes[1:],
         how.product,
         FINISH=finish,
         PHI=phi,
-        **_options(tiles, z, delta, *_layers_in(to)),
+        **_options(tiles, z.layers, delta.layers, *_layers_in(to)),
     )
 
 
@@ -154,6 +159,28 @@ def launch_bias_gradient(
         FINISH=finish,
         num_warps=4,
     )
+
+
+def tile_descriptor(operand: Operand, rows: int, columns: int) -> TensorDescriptor | None:
+    """For loads of tiles (rows, columns) of an operand; None of layers that are not aligned, not row by row, or not
+    equally far apart: their tiles are loaded by pointers.
+
+    It is made on the host and goes to the kernel by value: it needs no memory on the device, and a CUDA graph keeps it.
+    """
+    layers, batch = operand
+    if batch is None or batch.numel() == 0 or batch.stride(2) != 1 or layers.align.value == 1:
+        return None
+    n_layers, n_rows, n_columns = batch.shape
+    row = batch.stride(1)
+    apart = batch.stride(0) if n_layers > 1 else n_rows * row
+    if row < n_columns or apart < n_rows * row or apart % row != 0 or max(batch.shape) > INT32_MAX:
+        return None  # CUDA documents strides that are multiples of one another, and rows and layers that do not overlap
+    return TensorDescriptor(batch, [n_layers, n_rows, n_columns], [apart, row, 1], [1, rows, columns])
+
+
+def _descriptors(tiles: LinearTiles, *operands: tuple[Operand, int, int]) -> list[TensorDescriptor | None]:
+    """Of each operand, with the rows and columns of its tiles."""
+    return [tile_descriptor(*operand) if tiles.descriptors else None for operand in operands]
 
 
 def _layers_in(to: Any) -> tuple[Layers, ...]:

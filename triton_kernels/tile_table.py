@@ -30,6 +30,7 @@ class LinearTiles:
     num_warps: int
     num_stages: int
     registers: int  # of a thread at most; left to itself, the compiler spills a few to have more programs at a time
+    descriptors: bool  # whether tiles of operands are loaded by tensor descriptors, where the operands can have them
 
 
 @dataclass(frozen=True)

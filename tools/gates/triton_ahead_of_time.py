@@ -41,6 +41,7 @@ SHAPES = {
 }
 _WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*, 0x10")
 _TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+_TILE_LOAD = "cp.async.bulk.tensor"
 _WIDE_STORE = re.compile(r"st\.global\S*\.(v4\.b32|v2\.b64)")
 
 
@@ -86,6 +87,7 @@ class Report(NamedTuple):
     threads: int
     wide_loads: int
     wide_stores: int
+    tile_loads: int  # by descriptors
     tensor_cores: str  # the instruction that multiplies matrices
 
 
@@ -173,8 +175,9 @@ def compile_variant(variant: AnyVariant) -> tuple[Report, str]:
     registers, stack = _resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     wide = (len(pattern.findall(ptx)) for pattern in (_WIDE_LOAD, _WIDE_STORE))
+    loads = (*wide, ptx.count(_TILE_LOAD))
     tensor_cores = next((name for name in _TENSOR_CORES if name in ptx), "")
-    return Report(registers, stack, compiled.metadata.shared, 32 * chosen.num_warps, *wide, tensor_cores), ptx
+    return Report(registers, stack, compiled.metadata.shared, 32 * chosen.num_warps, *loads, tensor_cores), ptx
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

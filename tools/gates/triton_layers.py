@@ -43,6 +43,9 @@ SIZES = {
     "uneven": (77, 77),
     "library": (4096, 4096),
 }
+# layers of another activation, and so of another launch: what is left are all, those that lie in stacks, or layers that
+# are not equally far apart, which have no descriptors
+ELSEWHERE = {"all": (), "without_first": (0,), "irregular": (0, 1, 4)}
 TILED = tuple(size for size in SIZES if size != "library")
 ONE = ("64", "tall", "uneven")  # of every kind of tile
 KERNELS = ("forward", "forward_pre", "input_gradient", "weight_gradient")
@@ -70,10 +73,18 @@ class LayerVariant(NamedTuple):
     precision: str
     size: str
     architecture: int
+    layers: str = "all"
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.precision} {self.size} sm_{self.architecture}"
+        layers = "" if self.layers == "all" else f" {self.layers}"
+        return f"{self.kernel} {self.precision} {self.size} sm_{self.architecture}{layers}"
+
+    @property
+    def activation(self) -> list[int]:
+        from lgd_kernels.triton_kernels.activations import GELU_TANH, TANH
+
+        return [(TANH if t in ELSEWHERE[self.layers] else GELU_TANH).value for t in range(LAYERS)]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -97,6 +108,14 @@ class LayerVariant(NamedTuple):
         of_step = self.kernel in STEP_KERNELS
         return self.precision == "bfloat16" or (self.precision == "float16" and not of_step)
 
+    @property
+    def loads_tiles(self) -> bool:
+        """Whether an operand is loaded by a descriptor, with the tiles that are counted."""
+        half = self.multiplies_half or (self.kernel in KERNELS and self.precision == "autocast")
+        if self.architecture < 90 or not self.even or self.layers == "irregular":
+            return False
+        return half and (self.architecture == 90 or SIZES[self.size][1] > 32)
+
     def launch(self) -> tuple:
         """(kernel, arguments, options)."""
         if self.kernel in STEP_KERNELS or self.kernel in LIBRARY_KERNELS:
@@ -105,12 +124,17 @@ class LayerVariant(NamedTuple):
 
     def complaints(self, report: Report) -> Iterator[str]:
         """What is wrong with a kernel that does not spill and is within its budget."""
+        from lgd_kernels.triton_kernels.tile_table import measured_tiles
+
         if report.shared > SHARED_MEMORY[self.architecture]:
             yield f"{report.shared} bytes of shared memory"
-        if self.even and not report.wide_loads:
+        if self.even and not report.wide_loads and not report.tile_loads:
             yield "no load of 16 bytes"
         if self.even and not report.wide_stores and self.kernel != "step_of_bias":  # it stores 64 numbers
             yield "no store of 16 bytes"
+        is_counted = self.size in SIZES and not measured_tiles(self.architecture)
+        if is_counted and (report.tile_loads > 0) != self.loads_tiles:
+            yield f"{report.tile_loads} loads of tiles by descriptors"
         planned = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[self.architecture]
         if self.multiplies_half and report.tensor_cores != planned:
             yield f"multiplies by {report.tensor_cores or 'scalars'}, not by {planned}"
@@ -133,10 +157,15 @@ def layer_variants() -> list[LayerVariant]:
     others += itertools.product(KERNELS, ("float16", "autocast", "float32", "float64"), ("tall",))
     # of the largest, where operands are in single precision, the products are the library's
     others += itertools.product(STEP_KERNELS, ("float16", "float32", "float64"), ("128",))
+    aligned = [size for size in TILED if size != "uneven"]
+    grouped = itertools.product(STEP_KERNELS, ("bfloat16",), aligned, (90, 100), ("without_first", "irregular"))
+    irregular = itertools.product(KERNELS, ("bfloat16",), ("tall",), (90, 100), ("irregular",))
     everywhere = itertools.product([*of_residual, *of_step, *of_products, *of_library], ARCHITECTURES)
-    chosen = [*everywhere, *((v, 90) for v in others)]
-    measured = [v for architecture in ARCHITECTURES for p in measured_tiles(architecture) for v in variants_of(p)]
-    return list(dict.fromkeys([*(LayerVariant(*variant, architecture) for variant, architecture in chosen), *measured]))
+    chosen = [LayerVariant(*variant, architecture) for variant, architecture in everywhere]
+    chosen += [LayerVariant(*variant, 90) for variant in others]
+    chosen += itertools.starmap(LayerVariant, [*grouped, *irregular])
+    chosen += [v for architecture in ARCHITECTURES for p in measured_tiles(architecture) for v in variants_of(p)]
+    return list(dict.fromkeys(chosen))
 
 
 def variants_of(product: ProductClass) -> list[LayerVariant]:
@@ -177,14 +206,14 @@ def _linear_launch(variant: LayerVariant) -> tuple:
 
     from lgd_kernels.triton_kernels import decoupled_linear as module
     from lgd_kernels.triton_kernels import layers, linear_launches
-    from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
+    from lgd_kernels.triton_kernels.activations import HUBER
 
     (n, d_in, d_out), dtypes = variant.shape, (getattr(torch, name) for name in PRECISIONS[variant.precision])
     dtype, of_weight = dtypes
     z = torch.empty(LAYERS, n, d_in, dtype=dtype, device="meta")
     target, multiplier = torch.empty(2, LAYERS, n, d_out, dtype=dtype, device="meta")
     weight = torch.empty(LAYERS, d_out, d_in, dtype=of_weight, device="meta")
-    one, activation, yes = [1.0] * LAYERS, [GELU_TANH.value] * LAYERS, [True]
+    one, activation, yes = [1.0] * LAYERS, variant.activation, [True]
     with float32_as(variant.precision), recorded(variant.architecture, linear_launches, layers) as launches:
         if variant.kernel.startswith("forward"):
             given = [z], [weight], [weight[:, 0]], [target], [multiplier], activation, variant.kernel == "forward_pre"
@@ -197,7 +226,7 @@ def _linear_launch(variant: LayerVariant) -> tuple:
             module.decoupled_linear_backward(*given, one, one, yes, yes, yes, [False], [False])
     kernels = {"input_gradient": "input_gradient_kernel", "weight_gradient": "weight_gradient_kernel"}
     name = kernels.get(variant.kernel, "forward_kernel")
-    return next(launch for launch in launches if launch[0].__name__ == name)
+    return [launch for launch in launches if launch[0].__name__ == name][-1]
 
 
 def _step_launch(variant: LayerVariant) -> tuple:
@@ -205,7 +234,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
 
     from lgd_kernels.triton_kernels import decoupled_step as module
     from lgd_kernels.triton_kernels import layers, linear_launches, linear_library, operands, softmax_infogain
-    from lgd_kernels.triton_kernels.activations import GELU_TANH, HUBER
+    from lgd_kernels.triton_kernels.activations import HUBER
 
     (n, d, _), dtype = variant.shape, getattr(torch, PRECISIONS[variant.precision][0])
     of_parameters = torch.float64 if dtype == torch.float64 else torch.float32
@@ -220,7 +249,7 @@ def _step_launch(variant: LayerVariant) -> tuple:
     with float32_as(variant.precision), recorded(variant.architecture, *modules) as launches:
         module.decoupled_step_(
             *(empty(n, d), *hidden, [], *weight, *bias, empty(n, d), *[None] * 6, -100, True),
-            *([GELU_TANH.value] * LAYERS, True, HUBER.value, 1.0, one, one, one),
+            *(variant.activation, True, HUBER.value, 1.0, one, one, one),
             *(1, 0.1, 0.5, 0.1, adam, empty(2, 7, of=torch.float64)),
         )
     name = STEP_KERNELS.get(variant.kernel) or LIBRARY_KERNELS[variant.kernel]

@@ -53,10 +53,10 @@ SIZES = (
 
 
 def candidates(product: ProductClass) -> list[LinearTiles]:
-    """The tiles that are tried: first those that are counted, then others of the same depth that fit into shared memory
-    and have 32 to 128 numbers of the product for a thread."""
+    """The tiles that are tried: those that are counted, the same without descriptors, and others of the same depth that
+    fit into shared memory and have 32 to 128 numbers of the product for a thread."""
     counted = counted_tiles(**dataclasses.asdict(product))
-    tried = [counted]
+    tried = [counted, dataclasses.replace(counted, descriptors=False)]
     stages = (counted.num_stages, counted.num_stages + 1)
     for rows, columns, num_warps, num_stages in itertools.product((64, 128), (32, 64, 128, 256), (4, 8), stages):
         numbers = rows * columns // (32 * num_warps)
@@ -67,7 +67,8 @@ def candidates(product: ProductClass) -> list[LinearTiles]:
         if num_warps == 8 and rows == 64:  # a group of 4 warps multiplies 64 rows
             continue
         registers = REGISTERS[num_warps] if numbers < 128 and product.even else MOST_REGISTERS
-        tried.append(LinearTiles(rows, columns, counted.depth, min(numbers // 8, 8), num_warps, num_stages, registers))
+        how = (min(numbers // 8, 8), num_warps, num_stages, registers, counted.descriptors)
+        tried.append(LinearTiles(rows, columns, counted.depth, *how))
     return list(dict.fromkeys(tried))
 
 
