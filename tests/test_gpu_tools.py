@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -226,9 +227,17 @@ def test_without_compute_sanitizer_that_stage_is_skipped(monkeypatch):
 
 @pytest.mark.parametrize(("tool", "filtered"), [("memcheck", True), ("initcheck", False)])
 def test_only_our_kernels_are_checked_where_that_is_enough(tool, filtered):
-    command = sanitizer.command("compute-sanitizer", tool, "cuda")
+    command = sanitizer.command("compute-sanitizer", tool, "cuda", "layers")
     assert ("kns=lgd3gpu" in command) == filtered
     assert command.index("--tool") < command.index(sys.executable) < command.index("--backend=cuda")
+
+
+@pytest.mark.parametrize("subject", sanitizer.SUBJECTS)
+def test_compute_sanitizer_gets_tests_that_there_are(subject):
+    files, expression = sanitizer.SUBJECTS[subject]
+    tests = re.findall(r"def (test_\w+)", "".join((Path(__file__).parent / name).read_text() for name in files))
+    for part in expression.split(" or "):
+        assert any(part in test for test in tests), part
 
 
 def test_the_name_that_kernels_are_filtered_by_is_that_of_their_namespace():
