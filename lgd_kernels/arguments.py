@@ -36,6 +36,13 @@ def check_int(name: str, value: int) -> None:
         raise ValueError(f"{name}: must fit 64 bits, got {value}")
 
 
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise TypeError unless value is an int, ValueError unless it is that large."""
+    check_int(name, value)
+    if value < least:
+        raise ValueError(f"{name}: must be at least {least}, got {value}")
+
+
 def check_bool(name: str, value: bool) -> None:
     """Raise TypeError unless value is True or False."""
     if not isinstance(value, bool):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lgd_kernels.arguments import check_int
+from lgd_kernels.arguments import check_at_least
 from lgd_kernels.decoupled import files
 
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")
@@ -74,9 +74,7 @@ class Checkpoints:
 def check_counts(*, every: int | None, keep: int) -> None:
     """How often checkpoints are written, and how many are kept."""
     for name, value in (("every", 1 if every is None else every), ("keep", keep)):
-        check_int(name, value)
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+        check_at_least(name, value, 1)
 
 
 def random_state() -> dict[str, Any]:

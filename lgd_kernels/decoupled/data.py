@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from lgd_kernels.arguments import check_int
+from lgd_kernels.arguments import check_at_least
 
 _DEFAULT_BATCH_SIZE = 64
 
@@ -66,9 +66,7 @@ class Batches:
         self.n_samples = self._source.n_samples
         self.shard = range(self.n_samples)
         self.batch_size = _DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-        check_int("batch_size", self.batch_size)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: must be at least 1, got {self.batch_size}")
+        check_at_least("batch_size", self.batch_size, 1)
         if len(self) == 0:
             raise ValueError(f"{name}: its {self.n_samples} samples make no minibatch of {self.batch_size}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lgd_kernels.arguments import check_bool, check_int, check_number, one_of
+from lgd_kernels.arguments import check_at_least, check_bool, check_number, one_of
 from lgd_kernels.reference.activations import ACTIVATIONS, activate
 from lgd_kernels.reference.decoupled_linear import functions_of
 
@@ -111,9 +111,7 @@ def residual_net(n_inputs: int, width: int, depth: int, n_classes: int, activati
     Raises TypeError or ValueError for an argument of the wrong type or value.
     """
     for name, number in {"n_inputs": n_inputs, "width": width, "depth": depth, "n_classes": n_classes}.items():
-        check_int(name, number)
-        if number < 1:
-            raise ValueError(f"{name}: must be at least 1, got {number}")
+        check_at_least(name, number, 1)
 
     def block(d_in: int, d_out: int, phi: str, skip: float, fan_in: int) -> LinearBlock:
         return LinearBlock(d_in, d_out, activation=phi, preactivation=True, skip=skip, branch_scale=fan_in**-0.5)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lgd_kernels.arguments import check_bool, check_int, check_not_negative
+from lgd_kernels.arguments import check_at_least, check_bool, check_int, check_not_negative
 from lgd_kernels.decoupled.network import DecoupledNetwork, Visit
 
 Schedule = float | Callable[[int], float]  # a number, or the one of every epoch, which count from 0
@@ -108,9 +108,7 @@ class StoredValues(Mode):
     def __post_init__(self) -> None:
         check_bool("multipliers", self.multipliers)
         _check_count("steps", self.steps)
-        check_int("visits", self.visits)
-        if self.visits < 1:
-            raise ValueError(f"visits: must be at least 1, got {self.visits}")
+        check_at_least("visits", self.visits, 1)
         _check_count("burn_in", self.burn_in)
         _check_schedules(self.rho, self.dual_step)
 

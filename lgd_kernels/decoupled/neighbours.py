@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lgd_kernels.arguments import check_int
+from lgd_kernels.arguments import check_at_least
 
 DIMENSIONS = ("layer", "data")
 
@@ -31,9 +31,7 @@ def layer_data_mesh(
     Raises ValueError if n_layer * n_data is not the number of ranks.
     """
     for name, number in (("n_layer", n_layer), ("n_data", n_data)):
-        check_int(name, number)
-        if number < 1:
-            raise ValueError(f"{name}: must be at least 1, got {number}")
+        check_at_least(name, number, 1)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     if n_layer * n_data != dist.get_world_size():

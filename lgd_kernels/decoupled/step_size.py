@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lgd_kernels.arguments import check_int
+from lgd_kernels.arguments import check_at_least
 from lgd_kernels.reference import accumulation_dtype
 
 Gradient = Callable[[list[Tensor]], list[Tensor]]
@@ -30,9 +30,7 @@ def curvatures(
     the Euclidean norm of each sample, of tensors like z. The Hessian's product with a direction v is the difference
     quotient of the gradient along v. first: the number of z[0] among the hidden values of the net, from 0.
     """
-    check_int("iterations", iterations)
-    if iterations < 1:
-        raise ValueError(f"iterations: must be at least 1, got {iterations}")
+    check_at_least("iterations", iterations, 1)
     step = 1e-2  # a longer one meets the kinks of relu, a shorter one the rounding of the gradient
     z = [value.to(accumulation_dtype(value.dtype)) for value in z]
     v = [_first_direction(t, value) for t, value in enumerate(z, first)]

@@ -13,7 +13,7 @@ import torch.distributed
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lgd_kernels.arguments import check_bool, check_int, check_number
+from lgd_kernels.arguments import check_at_least, check_bool, check_int, check_number
 from lgd_kernels.decoupled.checkpoint import Checkpoints
 from lgd_kernels.decoupled.data import Batches, Data
 from lgd_kernels.decoupled.history import History
@@ -250,10 +250,8 @@ def _check_kinds(arguments: dict[str, tuple[Any, type]]) -> None:
 
 def _check_numbers(epochs: int, seed: int, clip_grad_norm: float | None, patience: int | None) -> None:
     check_int("seed", seed)
-    for name, value, least in (("epochs", epochs, 0), ("patience", 1 if patience is None else patience, 1)):
-        check_int(name, value)
-        if value < least:
-            raise ValueError(f"{name}: must be at least {least}, got {value}")
+    check_at_least("epochs", epochs, 0)
+    check_at_least("patience", 1 if patience is None else patience, 1)
     if clip_grad_norm is not None:
         check_number("clip_grad_norm", clip_grad_norm)
         if clip_grad_norm <= 0:
